@@ -1,0 +1,77 @@
+"""python -m dist_train EXPERIMENT.toml: one process; under `horovodrun -np N`: N ranks."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dist_train.collectives import AgreedError, Communicator, agree, connect
+from shared.experiment import Experiment, Scalar, load_experiment
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_train",
+        description="Train an experiment in this process, or on the ranks of a cluster: "
+        "horovodrun -np 4 python -m dist_train EXPERIMENT.toml",
+    )
+    parser.add_argument("experiment", help="the experiment file, for example experiments/digits_cnn.toml")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key"
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run record goes (default: runs/NAME)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in that directory from its checkpoint")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.path.insert(0, str(Path.cwd()))  # the user's own models, whichever way Python was started
+    communicator = connect()
+    say = communicator.on_root(_tell, _silent)
+    try:
+        result = _train(options, communicator)
+    except AgreedError as error:
+        say(f"error: {error}")
+        return 2
+    except ValueError as error:
+        print(f"error (rank {communicator.rank}): {error}", file=sys.stderr)
+        return 2
+    say(result)
+    return 0
+
+
+def _train(options: argparse.Namespace, communicator: Communicator) -> str:
+    from dist_train.trainer import set_threads, train  # TensorFlow: seconds to import, not for --help
+
+    def load() -> Experiment:
+        run: dict[str, Scalar] = {"resume": True} if options.resume else {}
+        run |= {"directory": options.run_dir} if options.run_dir else {}
+        return load_experiment(options.experiment, options.overrides, **run)
+
+    set_threads(_wanted_threads(load), communicator)  # before anything computes, the agreement included
+    experiment = agree(communicator, load)
+    result = train(experiment, communicator, verbose=1 if sys.stdout.isatty() else 2)
+    metrics = (f"{split} {name} {value:.4f}" for split, of in result["metrics"].items() for name, value in of.items())
+    return f"{experiment.name}: {', '.join(metrics)}\nrun record: {experiment.run_directory}"
+
+
+def _wanted_threads(load: Callable[[], Experiment]) -> int:
+    try:
+        return load().performance.threads_per_rank
+    except ValueError:  # told by the agreement that follows, on all ranks together
+        return 0
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr if text.startswith("error:") else sys.stdout)
+
+
+def _silent(text: str) -> None:
+    """What the other ranks print."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

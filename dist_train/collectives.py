@@ -1,0 +1,176 @@
+"""The communicator: what ranks do together. The only file that imports Horovod.
+
+`connect()` gives a `HorovodCommunicator` in a process that `horovodrun` (or `mpirun`) started, and otherwise the null
+object `LocalCommunicator`, so that the code that uses it has one path for 1 to N ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+T = TypeVar("T")
+
+# Set by horovodrun, and by mpirun for programs started without horovodrun.
+LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# Horovod looks for new tensors every CYCLE_TIME ms; its default of 1 wastes half a millisecond of each step.
+PERFORMANCE_DEFAULTS = {"HOROVOD_CYCLE_TIME": "0.5"}
+
+
+class Communicator(Protocol):
+    """A group of `world_size` ranks. Every collective must be called by all ranks in the same order.
+
+    Tensor collectives work in graphs; `name` tells one collective of a step from another and must agree over ranks.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int  # among the ranks on this host
+    local_size: int
+
+    @property
+    def is_root(self) -> bool: ...
+
+    def on_root(self, root: T, others: T) -> T:
+        """The one value on the root, the other one elsewhere: root-only objects meet null objects here."""
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """The values of all ranks, by rank."""
+
+    def broadcast_object(self, value: T) -> T:
+        """The root's value."""
+
+    def broadcast_arrays(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The root's arrays; shapes and dtypes must agree over ranks."""
+
+    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """The sum over ranks."""
+
+    def all_reduce_mean(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """The means over ranks, fused into one collective."""
+
+    def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """The ranks' tensors, concatenated along the first axis, which may differ in length."""
+
+
+class LocalCommunicator:
+    """One process: every collective is the identity."""
+
+    rank = 0
+    world_size = 1
+    local_rank = 0
+    local_size = 1
+    is_root = True
+
+    def on_root(self, root: T, others: T) -> T:
+        return root
+
+    def all_gather_object(self, value: T) -> list[T]:
+        return [value]
+
+    def broadcast_object(self, value: T) -> T:
+        return value
+
+    def broadcast_arrays(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(arrays)
+
+    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return tensor
+
+    def all_reduce_mean(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        return list(tensors)
+
+    def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return tensor
+
+
+class HorovodCommunicator:
+    """All ranks of the Horovod job that this process belongs to."""
+
+    def __init__(self) -> None:
+        import horovod.tensorflow as hvd  # a process without ranks needs no Horovod installed
+
+        self._hvd = hvd
+
+    def start(self) -> HorovodCommunicator:
+        """Joins the job. Idempotent."""
+        for name, value in PERFORMANCE_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        self._hvd.init()
+        self.rank: int = self._hvd.rank()
+        self.world_size: int = self._hvd.size()
+        self.local_rank: int = self._hvd.local_rank()
+        self.local_size: int = self._hvd.local_size()
+        return self
+
+    @property
+    def is_root(self) -> bool:
+        return self.rank == 0
+
+    def on_root(self, root: T, others: T) -> T:
+        return root if self.is_root else others
+
+    def all_gather_object(self, value: T) -> list[T]:
+        from horovod.tensorflow.functions import allgather_object
+
+        return allgather_object(value)
+
+    def broadcast_object(self, value: T) -> T:
+        from horovod.tensorflow.functions import broadcast_object
+
+        return broadcast_object(value, root_rank=0)
+
+    def broadcast_arrays(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """One broadcast of the bytes of all arrays: Horovod lacks some dtypes, and each collective has its latency."""
+        flat = np.frombuffer(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays), dtype=np.uint8)
+        received = self._hvd.broadcast(flat, root_rank=0, name="archipelago.broadcast").numpy().tobytes()
+        result, start = [], 0
+        for array in arrays:
+            part = np.frombuffer(received, dtype=array.dtype, count=array.size, offset=start)
+            result.append(part.reshape(array.shape))
+            start += array.nbytes
+        return result
+
+    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return self._hvd.allreduce(tensor, op=self._hvd.Sum, name=name)
+
+    def all_reduce_mean(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        return list(self._hvd.grouped_allreduce(list(tensors), op=self._hvd.Average, name=name))
+
+    def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return self._hvd.allgather(tensor, name=name)
+
+
+def connect() -> Communicator:
+    """The communicator of this process: Horovod's if a launcher started it as a rank, else the local one."""
+    if any(name in os.environ for name in LAUNCHER_VARIABLES):
+        return HorovodCommunicator().start()
+    return LocalCommunicator()
+
+
+class AgreedError(ValueError):
+    """A mistake of the user that every rank knows of; the root tells it."""
+
+
+def agree(communicator: Communicator, make: Callable[[], T]) -> T:
+    """Runs `make` on every rank; if it raises ValueError on any, raises the first of these as AgreedError on all.
+
+    So a mistake that only one rank can see (a missing file) ends the job everywhere, instead of leaving the others
+    waiting in their next collective.
+    """
+    value: Any = None
+    message = None
+    try:
+        value = make()
+    except ValueError as error:
+        message = str(error)
+    messages = [m for m in communicator.all_gather_object(message) if m is not None]
+    if messages:
+        raise AgreedError(messages[0])
+    return value

@@ -1,0 +1,224 @@
+"""The trainer: one experiment on 1 to N ranks, with checkpoints, resume and a run record."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dist_train.collectives import Communicator, agree
+from dist_train.keras_horovod import broadcast_variables, bytes_sent, distribute
+from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from shared.data import Dataset, Splits, load_dataset, shard, split
+from shared.experiment import Experiment
+from shared.run_record import CHECKPOINT, NullRecord, Record, RunRecord
+from shared.training import EpochBatches, LearningRate, batch_slices, compile_model, evaluate, fit_epochs
+from shared.zoo import build_model
+
+BEST_MODEL = "best.keras"
+
+
+def train(experiment: Experiment, communicator: Communicator, verbose: int = 0) -> dict[str, Any]:
+    """Trains the experiment's model on all ranks and returns the result; the root writes the run record.
+
+    Guarantees: for a given experiment the global batches, and so the weights up to rounding, do not depend on the
+    number of ranks; a resumed run ends with the weights of the undisturbed one. Raises ValueError, on every rank, for
+    anything that the user can mend, before a step is taken.
+    """
+    job = agree(communicator, lambda: _build(experiment, communicator))
+    runtime = "horovod" if communicator.world_size > 1 else "single"
+    writer: Record = RunRecord(experiment, runtime, step_name="epoch")
+    record = communicator.on_root(writer, NullRecord(experiment.run_directory))
+    agree(communicator, record.open)
+    progress = _restore(job, record) if experiment.run.resume else Progress()
+    if not progress.stopped_early:
+        _fit(job, record, progress, verbose)
+    return _finish(job, record, progress)
+
+
+def set_threads(threads_per_rank: int, communicator: Communicator) -> None:
+    """Gives each rank its share of the host's cores (0), or so many threads. Call it before TensorFlow computes.
+
+    Ranks that all use all cores hinder each other.
+    """
+    threads = threads_per_rank or max(1, len(os.sched_getaffinity(0)) // communicator.local_size)
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))  # one computes while one communicates
+
+
+def global_batch_size(experiment: Experiment, world_size: int, num_examples: int) -> int:
+    """The examples per step over all ranks. Raises ValueError if a rank would get none."""
+    per_rank = experiment.training.per_rank_batch_size
+    size = per_rank * world_size if per_rank else experiment.training.global_batch_size
+    smallest = min(s.stop - s.start for s in batch_slices(num_examples, size))
+    if smallest < world_size:
+        raise ValueError(
+            "Every rank needs an example in every step: a global batch must not be smaller than the number of ranks; "
+            f"received batches of {size} (the smallest of the epoch: {smallest}) for {world_size} ranks. Set "
+            f"training.global_batch_size = {2 * world_size} or more, or start fewer ranks."
+        )
+    return size
+
+
+def learning_rate(experiment: Experiment, world_size: int, steps_per_epoch: int) -> LearningRate:
+    """The base rate, or N times it after a linear warm-up (Goyal et al. 2017, arXiv:1706.02677, section 2.2).
+
+    rate(t) = base (1 + (N - 1) min(t / t_warmup, 1)), with t in steps.
+    """
+    base = experiment.optimizer.learning_rate
+    if not experiment.training.scale_learning_rate:
+        return base
+    scaled = base * world_size
+    if experiment.training.warmup_epochs == 0:
+        return scaled
+    # a polynomial "decay" of power 1 that ends higher: part of Keras, so saved models load anywhere
+    return keras.optimizers.schedules.PolynomialDecay(
+        base, decay_steps=experiment.training.warmup_epochs * steps_per_epoch, end_learning_rate=scaled, power=1.0
+    )
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside the arrays: how far the run is and what it has seen."""
+
+    epoch: int = 0  # epochs done
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    epochs_since_best: int = 0
+    bytes_sent: int = 0  # by all ranks
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One rank's part of the training, built and checked."""
+
+    experiment: Experiment
+    communicator: Communicator
+    splits: Splits
+    batches: EpochBatches
+    model: keras.Model
+
+    def my_part(self, dataset: Dataset) -> Dataset:
+        return shard(dataset, self.communicator.rank, self.communicator.world_size)
+
+
+def _build(experiment: Experiment, communicator: Communicator) -> _Job:
+    """Everything that a user's mistake can break."""
+    data = experiment.data
+    splits = split(load_dataset(data), experiment.seed, data.test_fraction, data.validation_fraction)
+    rank, world_size = communicator.rank, communicator.world_size
+    batch_size = global_batch_size(experiment, world_size, len(splits.train))
+    batches = EpochBatches(splits.train, batch_size, experiment.seed, rank=rank, world_size=world_size)
+    schema = splits.train.schema
+    model = build_model(experiment.model, schema, experiment.seed)
+    compile_model(model, experiment, schema, learning_rate(experiment, world_size, steps_per_epoch=len(batches)))
+    distribute(model, communicator)
+    model.optimizer.build(model.trainable_variables)
+    return _Job(experiment, communicator, splits, batches, model)
+
+
+def _fit(job: _Job, record: Record, progress: Progress, verbose: int) -> None:
+    callbacks: list[keras.callbacks.Callback] = [EndEpoch(job, record, progress)]
+    if job.experiment.run.tensorboard:
+        board = keras.callbacks.TensorBoard(str(record.directory / "tensorboard"))
+        callbacks += job.communicator.on_root([board], [])
+    fit_epochs(
+        job.model,
+        job.batches,
+        first_epoch=progress.epoch,
+        last_epoch=job.experiment.training.epochs,
+        validation=job.my_part(job.splits.validation),
+        callbacks=callbacks,
+        verbose=verbose,
+    )
+
+
+class EndEpoch(keras.callbacks.Callback):
+    """After each epoch: note the best, decide whether to stop, write the record's row and the checkpoint."""
+
+    def __init__(self, job: _Job, record: Record, progress: Progress) -> None:
+        super().__init__()
+        self.job, self.record, self.progress = job, record, progress
+        self.bytes_before = progress.bytes_sent
+        self.save_model, self.save_state = job.communicator.on_root((job.model.save, _save_state), (_skip, _skip))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        logs = {name: float(value) for name, value in (logs or {}).items()}
+        metrics = {"train": {name: value for name, value in logs.items() if not name.startswith("val_")}}
+        if validation := {name[4:]: value for name, value in logs.items() if name.startswith("val_")}:
+            metrics["validation"] = validation
+        progress = self.progress
+        progress.epoch = epoch + 1
+        progress.bytes_sent = self.bytes_before + sum(self.job.communicator.all_gather_object(bytes_sent(self.model)))
+        self._note_best(validation.get("loss", math.inf))
+        self.record.append({"epoch": progress.epoch, **metrics, "bytes_sent": progress.bytes_sent})
+        self.save_state(self.record.directory / CHECKPOINT, self.job, progress)
+
+    def _note_best(self, validation_loss: float) -> None:
+        progress = self.progress
+        progress.epochs_since_best += 1
+        if validation_loss < progress.best_loss:
+            progress.best_loss, progress.best_epoch, progress.epochs_since_best = validation_loss, progress.epoch, 0
+            self.save_model(self.record.directory / BEST_MODEL)
+        patience = self.job.experiment.training.early_stopping_patience
+        if patience and progress.epochs_since_best >= patience:
+            progress.stopped_early = self.model.stop_training = True
+
+
+def _skip(*_: Any) -> None:
+    """What the other ranks do where the root writes a file."""
+
+
+def _save_state(path: Path, job: _Job, progress: Progress) -> None:
+    arrays = {
+        "model": [np.asarray(v) for v in job.model.variables],
+        "optimizer": [np.asarray(v) for v in job.model.optimizer.variables],
+    }
+    save_checkpoint(path, job.experiment, Checkpoint(arrays, meta=vars(progress)))
+
+
+def _restore(job: _Job, record: Record) -> Progress:
+    """The root reads the checkpoint; every rank gets its variables and progress."""
+    communicator = job.communicator
+    path = record.directory / CHECKPOINT
+    checkpoint = agree(
+        communicator, communicator.on_root(lambda: load_checkpoint(path, job.experiment), lambda: Checkpoint({}, {}))
+    )
+    for name, variables in (("model", job.model.variables), ("optimizer", job.model.optimizer.variables)):
+        for variable, array in zip(variables, checkpoint.arrays.get(name, ()), strict=False):
+            variable.assign(array)
+    broadcast_variables(job.model, communicator)
+    progress = Progress(**communicator.broadcast_object(dict(checkpoint.meta)))
+    record.resume_at(progress.epoch)
+    return progress
+
+
+def _finish(job: _Job, record: Record, progress: Progress) -> dict[str, Any]:
+    if job.experiment.training.restore_best:
+        job.model.set_weights(_best_weights(job, record))
+    metrics = {
+        name: evaluate(job.model, job.my_part(dataset)) for name, dataset in vars(job.splits).items() if len(dataset)
+    }
+    result = {
+        "world_size": job.communicator.world_size,
+        "metrics": metrics,
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch,  # 0: no validation examples to tell
+        "bytes_sent": progress.bytes_sent,
+    }
+    record.finish(job.model, result)
+    return result
+
+
+def _best_weights(job: _Job, record: Record) -> list[np.ndarray]:
+    path = record.directory / BEST_MODEL
+    own = job.model.get_weights()
+    read = job.communicator.on_root(lambda: keras.models.load_model(path, compile=False).get_weights(), lambda: own)
+    return job.communicator.broadcast_arrays(read())

@@ -1,0 +1,194 @@
+"""python -m fl_app.launch EXPERIMENT.toml --silos 3: a whole federation on this machine.
+
+A real SuperLink and one real SuperNode per silo, as processes on the loopback interface; they run the experiment to
+its end and are shut down, whatever happens. The silos' data is the experiment's data set, cut by [partition]; or each
+silo brings its own: --silo hospital-a=a.csv --silo hospital-b=b.csv.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from shared.data import load_dataset, split_pool
+from shared.data.sources import save_npz
+from shared.experiment import Experiment, Scalar, experiment_from_flat, load_experiment
+from shared.processes import ProcessGroup, child_environment, free_ports, is_listening, wait_until_listening
+from shared.run_record import RunRecord
+
+PROJECT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+START_TIMEOUT_S = 60.0
+Command: TypeAlias = list[str | Path]
+SETTINGS = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_LOG_LEVEL": "WARNING",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",  # s; the default of 1 is waited out twice a round
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+# Flower finds these through PATH; its own watch over parents does not reach a process that is busy in C.
+FLOWER_CHILDREN = ("flower-superexec", "flwr-serverapp", "flwr-clientapp")
+
+
+class LaunchError(Exception):
+    """The federation did not run to its end."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    scratch = Path(tempfile.mkdtemp(prefix="archipelago-"))
+    try:
+        experiment = _load(options)
+        RunRecord(experiment, "flower", "round").check()
+        silos = _own_data(options.silo) or cut_data(experiment, options.silos, scratch)
+        federate(experiment, silos, scratch, port=options.port)
+    except (ValueError, LaunchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: everything is shut down; continue with --resume", file=sys.stderr)
+        return 130
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return 0
+
+
+def federate(experiment: Experiment, silos: dict[str, str], scratch: Path, port: int = 0) -> None:
+    """Runs the experiment in a federation of `silos` (name: path or name of its data) on this machine.
+
+    Prints the ServerApp's lines as they come. Raises LaunchError if the run does not finish.
+    """
+    if port and is_listening(port):
+        raise ValueError(f"Port {port} is in use on this machine. Choose another with --port, or leave it out.")
+    free_port, *node_ports = free_ports(1 + len(silos))
+    ports = [port or free_port, *node_ports]
+    environment = child_environment(
+        **SETTINGS,
+        FLWR_HOME=str(scratch / "flwr"),
+        PYTHONPATH=os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")])),
+        PATH=os.pathsep.join([str(_mortal_commands(scratch / "bin")), str(BIN), os.environ.get("PATH", "")]),
+    )
+    run_config = write_run_config(experiment, silos, scratch)
+    with ProcessGroup() as group:
+        _start(group, silos, ports, environment, scratch)
+        command: Command = [BIN / "flwr", "run", PROJECT, "here", "--stream", "--run-config", run_config]
+        run = group.start("flwr run", command, environment)
+        _relay(run)
+        run.wait()
+        if not (experiment.run_directory / "result.json").is_file():
+            raise LaunchError(_why(group, scratch))
+
+
+def cut_data(experiment: Experiment, num_silos: int, folder: Path) -> dict[str, str]:
+    """Cuts the experiment's data, less the test split, into the silos' files: {silo: path}."""
+    from shared.data.partition import partition  # seconds to import: flwr-datasets brings pandas, pyarrow, seaborn
+
+    pool, _ = split_pool(load_dataset(experiment.data), experiment.seed, experiment.data.test_fraction)
+    silos = {}
+    for i, part in enumerate(partition(experiment.partition, pool, num_silos, experiment.seed)):
+        path = folder / f"silo-{i}.npz"
+        save_npz(path, part)
+        silos[f"silo-{i}"] = str(path)
+    return silos
+
+
+def write_run_config(experiment: Experiment, silos: dict[str, str], scratch: Path) -> Path:
+    """The merged experiment as a file: Flower takes a file or key-value pairs, not both."""
+    changes = {"run.directory": str(experiment.run_directory.resolve()), "federation.min_silos": len(silos)}
+    merged = experiment_from_flat({**experiment.to_flat(), **changes}, source=f"{len(silos)} silos")
+    path = scratch / "experiment.toml"
+    path.write_text(merged.to_toml(), encoding="utf-8")
+    return path
+
+
+def _start(
+    group: ProcessGroup, silos: dict[str, str], ports: list[int], environment: dict[str, str], scratch: Path
+) -> None:
+    superlink_port, *node_ports = ports
+    address = f"127.0.0.1:{superlink_port}"
+    home = scratch / "flwr"
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(f'[superlink.here]\naddress = "{address}"\ninsecure = true\n', encoding="utf-8")
+    command: Command = [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(superlink_port)]
+    command += ["--disable-runtime-dependency-installation"]
+    superlink = group.start("superlink", command, environment, scratch / "superlink.log")
+    if not wait_until_listening(superlink_port, superlink, START_TIMEOUT_S):
+        raise LaunchError(f"The SuperLink did not start.\n{_tail(scratch / 'superlink.log')}")
+    for (silo, data), node_port in zip(silos.items(), node_ports, strict=True):
+        node: Command = [BIN / "flower-supernode", "--insecure", "--superlink", address, "--port", str(node_port)]
+        node += ["--node-config", f'silo="{silo}" data="{data}"']
+        group.start(silo, node, environment, scratch / f"{silo}.log")
+
+
+def _mortal_commands(folder: Path) -> Path:
+    """A folder of commands that start Flower's own child processes so that they die with their parents."""
+    folder.mkdir()
+    for name in FLOWER_CHILDREN:
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec setpriv --pdeathsig KILL "{BIN / name}" "$@"\n', encoding="utf-8")
+        script.chmod(0o755)
+    return folder
+
+
+def _relay(run: "subprocess.Popen[bytes]") -> None:
+    assert run.stdout is not None
+    for line in run.stdout:
+        print(line.decode(errors="replace").rstrip(), flush=True)
+
+
+def _why(group: ProcessGroup, scratch: Path) -> str:
+    """What the logs say of a run that did not finish: the lines that start with "error:", or else their ends."""
+    told = []
+    for log in sorted(scratch.glob("*.log")):
+        lines = log.read_text(errors="replace").splitlines()
+        told += [f"  {log.stem}: {line}" for line in lines if line.startswith("error:")]
+    if told:
+        return "The run did not finish:\n" + "\n".join(dict.fromkeys(told))
+    return "The run did not finish.\n" + "\n".join(_tail(log) for log in sorted(scratch.glob("*.log")))
+
+
+def _tail(log: Path, num_lines: int = 15) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-num_lines:]
+    return "\n".join([f"--- {log.name}", *lines])
+
+
+def _own_data(assignments: Sequence[str]) -> dict[str, str]:
+    silos: dict[str, str] = {}
+    for assignment in assignments:
+        name, equals, data = assignment.partition("=")
+        if not (name and equals and data):
+            raise ValueError(f"--silo takes NAME=DATA; received {assignment!r}. Example: --silo hospital-a=a.csv")
+        if name in silos:
+            raise ValueError(f"Every silo needs a name of its own; received {name!r} twice.")
+        silos[name] = str(Path(data).resolve()) if Path(data).exists() else data
+    return silos
+
+
+def _load(options: argparse.Namespace) -> Experiment:
+    run: dict[str, Scalar] = {"resume": True} if options.resume else {}
+    run |= {"directory": options.run_dir} if options.run_dir else {}
+    return load_experiment(options.experiment, options.overrides, **run)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fl_app.launch", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("experiment", help="the experiment file, for example experiments/digits_cnn.toml")
+    parser.add_argument("--silos", type=int, default=3, metavar="N", help="how many silos share the data (default: 3)")
+    parser.add_argument("--silo", action="append", default=[], metavar="NAME=DATA", help="a silo with data of its own")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key"
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run record goes (default: runs/NAME)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in that directory from its checkpoint")
+    parser.add_argument("--port", type=int, default=0, help="the SuperLink's port (default: a free one)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What every runtime shares: experiment, zoo, data, local training. Knows neither Horovod nor Flower."""

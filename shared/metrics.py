@@ -1,0 +1,44 @@
+"""Metrics that can be merged: sums and weights travel, means are taken last."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """A mean in the making. Laws: zero + a = a; a + b = b + a; the value of a sum = the value of the union.
+
+    >>> (WeightedMean.of(1.0, 3) + WeightedMean.of(5.0, 1)).value
+    2.0
+    """
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    @classmethod
+    def of(cls, value: float, weight: float) -> Self:
+        return cls(value * weight, weight)
+
+    def __add__(self, other: "WeightedMean") -> "WeightedMean":
+        return WeightedMean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight if self.weight else math.nan
+
+
+def merge_means(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
+    """The mean of each metric over parts of (values, num_examples), weighted by examples.
+
+    A part that lacks a metric does not take part in that metric's mean.
+
+    >>> merge_means([({"loss": 1.0}, 3), ({"loss": 5.0}, 1)])
+    {'loss': 2.0}
+    """
+    means: dict[str, WeightedMean] = {}
+    for values, num_examples in parts:
+        for name, value in values.items():
+            means[name] = means.get(name, WeightedMean()) + WeightedMean.of(value, num_examples)
+    return {name: mean.value for name, mean in means.items()}

@@ -1,0 +1,171 @@
+"""The local training that every runtime uses: compile, batches in a seeded order, epochs, evaluation.
+
+One process, a rank of a cluster and a silo of a federation run this same code; the adapters change only who owns which
+examples and what happens to the gradient or to the weights afterwards.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import keras
+import numpy as np
+
+from shared.data import Dataset, Schema
+from shared.experiment import Experiment, OptimizerSection, nearest_names
+from shared.seeding import rng_for
+
+EVALUATION_BATCH_SIZE = 256
+LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
+
+
+def make_optimizer(config: OptimizerSection, learning_rate: LearningRate) -> keras.optimizers.Optimizer:
+    clip = {"global_clipnorm": config.global_clip_norm} if config.global_clip_norm > 0 else {}
+    match config.name:
+        case "sgd":
+            decay = config.weight_decay or None
+            return keras.optimizers.SGD(learning_rate, momentum=config.momentum, weight_decay=decay, **clip)
+        case "adam":
+            return keras.optimizers.Adam(learning_rate, **clip)
+        case "adamw":
+            return keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay, **clip)
+
+
+def make_loss(name: str, schema: Schema) -> keras.losses.Loss:
+    """auto: cross-entropy on logits for classes, mean squared error for numbers; otherwise a Keras loss by name."""
+    if name == "auto":
+        if schema.task == "classification":
+            return keras.losses.SparseCategoricalCrossentropy(from_logits=True, name="loss")
+        return keras.losses.MeanSquaredError(name="loss")
+    classes = {n: c for n, c in vars(keras.losses).items() if isinstance(c, type) and issubclass(c, keras.losses.Loss)}
+    if name not in classes:
+        raise ValueError(
+            f"training.loss must be 'auto' or a class of keras.losses; received {name!r}. "
+            f"Nearest: {', '.join(nearest_names(name, classes)[:3])}."
+        )
+    return classes[name]()
+
+
+def compile_model(
+    model: keras.Model, experiment: Experiment, schema: Schema, learning_rate: LearningRate | None = None
+) -> keras.Model:
+    """Compiles in place: optimizer, loss, and accuracy (classes) or mean absolute error (numbers)."""
+    metric = (
+        keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+        if schema.task == "classification"
+        else keras.metrics.MeanAbsoluteError(name="mae")
+    )
+    model.compile(
+        optimizer=make_optimizer(experiment.optimizer, learning_rate or experiment.optimizer.learning_rate),
+        loss=make_loss(experiment.training.loss, schema),
+        metrics=[metric],
+        steps_per_execution=experiment.performance.steps_per_execution,
+        jit_compile=False,  # XLA cannot hold a collective, and its rounding differs: one path keeps all runtimes equal
+    )
+    return model
+
+
+def batch_slices(num_examples: int, batch_size: int) -> list[slice]:
+    """Cuts an epoch into ceil(n / b) global batches with nothing dropped.
+
+    All have `batch_size` examples but the last; a last one of less than half that is evened out with its neighbour, so
+    that no step rests on a handful of examples and every rank gets some. `batch_size` 0 means one batch of everything.
+
+    >>> [s.stop - s.start for s in batch_slices(9, 4)]
+    [4, 3, 2]
+    """
+    if batch_size == 0 or batch_size >= num_examples:
+        return [slice(0, num_examples)]
+    bounds = [*range(0, num_examples, batch_size), num_examples]
+    if bounds[-1] - bounds[-2] < batch_size / 2:
+        bounds[-2] = bounds[-3] + (bounds[-1] - bounds[-3] + 1) // 2
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+class EpochBatches(keras.utils.PyDataset):
+    """A rank's batches of an epoch: (x, y[, sample_weight]) in an order determined by (seed, owner, epoch).
+
+    The order is one random permutation of all examples per epoch, cut into global batches; each rank takes its part of
+    every global batch. So every example is seen exactly once per epoch over all ranks, and the global batches do not
+    depend on the number of ranks (sizes of the ranks' parts differ by at most one).
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, seed: int, owner: str = "", rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.seed, self.owner = seed, owner
+        self.rank, self.world_size = rank, world_size
+        self.slices = batch_slices(len(dataset), batch_size)
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        self.order = rng_for(self.seed, "epoch order", self.owner, epoch).permutation(len(self.dataset))
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, ...]:
+        global_batch = self.order[self.slices[step]]
+        batch = self.dataset.take(np.array_split(global_batch, self.world_size)[self.rank])
+        return (batch.x, batch.y) if batch.sample_weight is None else (batch.x, batch.y, batch.sample_weight)
+
+
+class StartEpoch(keras.callbacks.Callback):
+    """Before each epoch: its order of examples, and random layers reseeded by (seed, owner, rank, epoch).
+
+    So an epoch does not depend on how the ones before it were run: a resumed run draws what the undisturbed one drew.
+    """
+
+    def __init__(self, batches: EpochBatches) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
+        self.batches.start_epoch(epoch)
+        rng = rng_for(self.batches.seed, "random layers", self.batches.owner, self.batches.rank, epoch)
+        for variable in self.model.variables:
+            if variable.path.endswith("seed_generator_state"):
+                variable.assign(rng.integers(2**32, size=variable.shape, dtype=np.uint32))
+
+
+def fit_epochs(
+    model: keras.Model,
+    batches: EpochBatches,
+    first_epoch: int,
+    last_epoch: int,
+    validation: Dataset | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    verbose: int = 0,
+) -> keras.callbacks.History:
+    """Runs the epochs first_epoch .. last_epoch - 1 of a compiled model; `callbacks` see the metrics of each."""
+    return model.fit(
+        batches,
+        initial_epoch=first_epoch,
+        epochs=last_epoch,
+        validation_data=None if not validation else _as_fit_data(validation),
+        validation_batch_size=EVALUATION_BATCH_SIZE,
+        callbacks=[StartEpoch(batches), *callbacks],
+        shuffle=False,
+        verbose=verbose,
+    )
+
+
+def evaluate(model: keras.Model, dataset: Dataset) -> dict[str, float]:
+    """Mean loss and metrics of a compiled model over the data set."""
+    x, y, *weight = _as_fit_data(dataset)
+    results = model.evaluate(
+        x,
+        y,
+        sample_weight=weight[0] if weight else None,
+        batch_size=EVALUATION_BATCH_SIZE,
+        verbose=0,
+        return_dict=True,
+    )
+    return {name: float(value) for name, value in results.items()}
+
+
+def _as_fit_data(dataset: Dataset) -> tuple[np.ndarray, ...]:
+    weight = () if dataset.sample_weight is None else (dataset.sample_weight,)
+    return (dataset.x, dataset.y, *weight)

@@ -1,0 +1,40 @@
+"""Model weights as a vector space: lists of arrays in Keras's order (`model.get_weights()`)."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+Weights = list[np.ndarray]
+
+
+def subtract(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Weights:
+    """a - b, array by array. An update is `subtract(local_weights, global_weights)`."""
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def add(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Weights:
+    """a + b, array by array, in the dtype of a."""
+    return [(x + y).astype(x.dtype, copy=False) for x, y in zip(a, b, strict=True)]
+
+
+def max_difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
+    """Largest absolute difference over all entries, max_i |a_i - b_i|; NaN if any entry is NaN.
+
+    >>> max_difference([np.array([1.0, 2.0])], [np.array([1.0, 2.5])])
+    0.5
+    """
+    differences = [np.abs(np.subtract(x, y, dtype=np.float64)) for x, y in zip(a, b, strict=True)]
+    return float(np.max([np.max(difference, initial=0.0) for difference in differences], initial=0.0))
+
+
+def weights_sha256(weights: Iterable[np.ndarray]) -> str:
+    """SHA-256 of the weights in order, as little-endian bytes: equal exactly when the weights are bit-equal."""
+    digest = hashlib.sha256()
+    for array in weights:
+        digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+def num_bytes(weights: Iterable[np.ndarray]) -> int:
+    return sum(array.nbytes for array in weights)

@@ -1,0 +1,125 @@
+"""The model zoo: a registry of builders and the user's own by dotted path.
+
+A builder is a function `build(schema, **options) -> keras.Model`: from the data's schema to a Keras
+model that outputs logits (classification) or one number (regression).
+"""
+
+import importlib
+import inspect
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from shared.data import Schema
+from shared.experiment import ModelSection, nearest_names
+from shared.seeding import seed_for
+from shared.zoo import cnn, linear, mlp, wide_deep
+
+Builder = Callable[..., keras.Model]
+
+MODELS: dict[str, Builder] = {
+    "linear": linear.build,
+    "mlp": mlp.build,
+    "cnn": cnn.build,
+    "wide_deep": wide_deep.build,
+}
+
+
+def build_model(config: ModelSection, schema: Schema, seed: int) -> keras.Model:
+    """Builds the model that `config` names, with fresh weights determined by the seed or those of `config.initial`.
+
+    Sets Keras's global seed, because the initialisers of a user's own model draw from it. Raises ValueError for an
+    unknown name, options the builder does not take, or initial weights of other shapes.
+    """
+    builder = find_builder(config.name)
+    options = parse_options(config.options)
+    _check_options(config.name, builder, options)
+    keras.utils.set_random_seed(seed_for(seed, "initial weights"))
+    try:
+        model = builder(schema, **options)
+    except TypeError as error:
+        if not options:
+            raise
+        raise ValueError(f"model.options = {config.options!r} does not suit {config.name!r}: {error}.") from error
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"model.name = {config.name!r} must return a keras.Model; received {type(model).__name__}.")
+    if not model.built:
+        model.build((None, *schema.input_shape))
+    if config.initial:
+        load_initial_weights(model, Path(config.initial))
+    return model
+
+
+def find_builder(name: str) -> Builder:
+    if ":" not in name:
+        if name not in MODELS:
+            raise ValueError(
+                f"model.name must be a zoo entry or 'package.module:function'; received {name!r}. "
+                f"Nearest: {', '.join(nearest_names(name, MODELS))}."
+            )
+        return MODELS[name]
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"model.name = {name!r}: no module {error.name!r} can be imported. Run from the folder that holds it, or "
+            "add that folder to PYTHONPATH."
+        ) from None
+    builder = getattr(module, function_name, None)
+    if not callable(builder):
+        functions = [n for n, member in vars(module).items() if inspect.isfunction(member)]
+        raise ValueError(
+            f"model.name = {name!r}: {module_name} has no function {function_name!r}. "
+            f"Nearest: {', '.join(nearest_names(function_name, functions)) or 'it has none'}."
+        )
+    return builder
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Reads `model.options`, TOML text, into keyword arguments.
+
+    >>> parse_options("units = [64, 32]")
+    {'units': [64, 32]}
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(
+            f"model.options must be TOML text like 'units = [64, 32]'; received {text!r} ({error})."
+        ) from None
+
+
+def load_initial_weights(model: keras.Model, path: Path) -> None:
+    """Sets the model's weights to those of a .keras file. Raises ValueError unless every shape agrees."""
+    if not path.is_file():
+        raise ValueError(f"model.initial names no file: {path}.")
+    try:
+        weights = keras.models.load_model(path, compile=False).get_weights()
+    except (ValueError, OSError, TypeError) as error:
+        raise ValueError(f"model.initial = {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    received, expected = [w.shape for w in weights], [w.shape for w in model.get_weights()]
+    if received != expected:
+        at = next(i for i in range(len(expected) + 1) if received[i : i + 1] != expected[i : i + 1])
+        raise ValueError(
+            f"model.initial = {str(path)!r} has other weights than the model: {len(received)} arrays against "
+            f"{len(expected)}; the first that differs is number {at}, received {received[at : at + 1]}, expected "
+            f"{expected[at : at + 1]}. Use the same model.name and model.options as the file was trained with."
+        )
+    model.set_weights(weights)
+
+
+def _check_options(name: str, builder: Builder, options: dict[str, Any]) -> None:
+    parameters = list(inspect.signature(builder).parameters.values())[1:]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"model.options: {name!r} takes no option {option!r}. "
+                f"It takes: {', '.join(known) or 'none'}; nearest: {', '.join(nearest_names(option, known)) or 'none'}."
+            )

@@ -1,0 +1,20 @@
+"""Multilayer perceptron."""
+
+from collections.abc import Sequence
+
+import keras
+
+from shared.data import Schema
+
+
+def build(
+    schema: Schema, units: Sequence[int] = (64, 32), activation: str = "relu", dropout_rate: float = 0.0
+) -> keras.Model:
+    """Dense layers of the given widths, each with activation and dropout, then a linear output."""
+    inputs = keras.Input(schema.input_shape, name="features")
+    x = keras.layers.Flatten(name="flatten")(inputs) if len(schema.input_shape) > 1 else inputs
+    for i, width in enumerate(units):
+        x = keras.layers.Dense(width, activation=activation, name=f"dense{i}")(x)
+        if dropout_rate > 0:
+            x = keras.layers.Dropout(dropout_rate, name=f"dropout{i}")(x)
+    return keras.Model(inputs, keras.layers.Dense(schema.num_outputs, name="output")(x), name="mlp")
