@@ -12,7 +12,7 @@ PYTHON ?= $(shell for python in .venv/bin/python python3 python3.12 python3.11; 
   done; python3 -c '' 2>/dev/null && echo python3)
 BIN    := .venv/bin
 LAUNCH  = $(if $(filter-out 1,$(NP)),$(BIN)/horovodrun -np $(NP)) $(BIN)/python
-EXTRAS  = $(if $(RUN_DIR),--run-dir $(RUN_DIR)) $(addprefix --set ,$(SET))
+EXTRAS  = $(if $(RUN_DIR),--run-dir $(RUN_DIR)) $(if $(RESUME),--resume) $(addprefix --set ,$(SET))
 
 unexport PYTHONDONTWRITEBYTECODE # bytecode on disk makes every start seconds quicker
 export TF_CPP_MIN_LOG_LEVEL   ?= 2
@@ -24,7 +24,8 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 help: ## list the targets and the variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  Variables: EXPERIMENT=FILE  NP=ranks  SILOS=silos  RUN_DIR=DIR  SET="section.key=value ..."'
+	@echo '  Variables: EXPERIMENT=FILE  NP=ranks  SILOS=silos  RUN_DIR=DIR  RESUME=1'
+	@echo '             SET="section.key=value ..."'
 	@echo '             RUNS="DIR ..."  OUTPUT=FILE  ARGS="for pytest"  MPI=1  GPU=1  PYTHON=python3.12'
 
 setup: ## make .venv with the pinned packages and Horovod (MPI=1: with MPI too; GPU=1: for GPUs)

@@ -44,8 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, communicator: Communicator) -> str:
-    from dist_train.trainer import set_threads, train  # TensorFlow: seconds to import, not for --help
-
     def load() -> Experiment:
         run: dict[str, Scalar] = {"resume": True} if options.resume else {}
         run |= {"directory": options.run_dir} if options.run_dir else {}
@@ -53,9 +51,21 @@ def _train(options: argparse.Namespace, communicator: Communicator) -> str:
 
     set_threads(_wanted_threads(load), communicator)  # before anything computes, the agreement included
     experiment = agree(communicator, load)
+    from dist_train.trainer import train  # TensorFlow: seconds to import, not for a typo
+
     result = train(experiment, communicator, verbose=1 if sys.stdout.isatty() else 2)
     metrics = (f"{split} {name} {value:.4f}" for split, of in result["metrics"].items() for name, value in of.items())
     return f"{experiment.name}: {', '.join(metrics)}\nrun record: {experiment.run_directory}"
+
+
+def set_threads(threads_per_rank: int, communicator: Communicator) -> None:
+    """Gives each rank so many threads (0: its share of the cores); ranks that use all cores hinder each other.
+
+    By the variables that TensorFlow reads when it first computes; what the user has set himself stays.
+    """
+    threads = threads_per_rank or max(1, len(os.sched_getaffinity(0)) // communicator.local_size)
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", str(max(2, threads)))  # one computes while one communicates
 
 
 def _wanted_threads(load: Callable[[], Experiment]) -> int:

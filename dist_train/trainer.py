@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from dist_train.collectives import Communicator, agree
 from dist_train.keras_horovod import broadcast_variables, bytes_sent, distribute
@@ -40,16 +38,6 @@ def train(experiment: Experiment, communicator: Communicator, verbose: int = 0) 
     if not progress.stopped_early:
         _fit(job, record, progress, verbose)
     return _finish(job, record, progress)
-
-
-def set_threads(threads_per_rank: int, communicator: Communicator) -> None:
-    """Gives each rank its share of the host's cores (0), or so many threads. Call it before TensorFlow computes.
-
-    Ranks that all use all cores hinder each other.
-    """
-    threads = threads_per_rank or max(1, len(os.sched_getaffinity(0)) // communicator.local_size)
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))  # one computes while one communicates
 
 
 def global_batch_size(experiment: Experiment, world_size: int, num_examples: int) -> int:

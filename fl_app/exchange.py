@@ -12,7 +12,8 @@ from fl_app.rounds import FederationError
 from shared.data import Schema
 from shared.weights import Weights
 
-POLL_S = 0.05  # how often the SuperLink is asked for replies: well below what a round takes
+REPLY_POLL_S = 0.05  # well below what a round takes
+NODES_POLL_S = 0.5
 
 
 class FlowerExchange:
@@ -62,7 +63,7 @@ class FlowerExchange:
                     f"The federation needs {min_silos} silos (federation.min_silos); {len(nodes)} connected within "
                     f"{self.silo_timeout_s:g} s. Start more supernodes, or lower federation.min_silos."
                 )
-            time.sleep(POLL_S)
+            time.sleep(NODES_POLL_S)
         return nodes
 
     def _ask(self, kind: str, contents: dict[int, RecordDict], group: str) -> Iterator[tuple[int, RecordDict]]:
@@ -84,7 +85,7 @@ class FlowerExchange:
                     f"No answer from {late} within federation.silo_timeout_s = {self.silo_timeout_s:g}. See the logs "
                     "of these silos, raise the limit, or resume once they are back."
                 )
-            time.sleep(POLL_S)
+            time.sleep(REPLY_POLL_S)
 
 
 def _content(reply: Message, silo: str) -> RecordDict:

@@ -11,9 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
+
+import tomli_w
 
 from shared.data import load_dataset, split_pool
 from shared.data.sources import save_npz
@@ -25,6 +29,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 60.0
 Command: TypeAlias = list[str | Path]
+RUN = "flwr run"
 SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -52,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: everything is shut down; continue with --resume", file=sys.stderr)
+        print("interrupted: everything is shut down; a run that had begun continues with --resume", file=sys.stderr)
         return 130
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -78,11 +83,12 @@ def federate(experiment: Experiment, silos: dict[str, str], scratch: Path, port:
     with ProcessGroup() as group:
         _start(group, silos, ports, environment, scratch)
         command: Command = [BIN / "flwr", "run", PROJECT, "here", "--stream", "--run-config", run_config]
-        run = group.start("flwr run", command, environment)
-        _relay(run)
+        run = group.start(RUN, command, environment)
+        threading.Thread(target=_end_run_without_federation, args=(group,), daemon=True).start()
+        told = _relay(run)
         run.wait()
         if not (experiment.run_directory / "result.json").is_file():
-            raise LaunchError(_why(group, scratch))
+            raise LaunchError(_why(group, told, scratch))
 
 
 def cut_data(experiment: Experiment, num_silos: int, folder: Path) -> dict[str, str]:
@@ -122,7 +128,9 @@ def _start(
         raise LaunchError(f"The SuperLink did not start.\n{_tail(scratch / 'superlink.log')}")
     for (silo, data), node_port in zip(silos.items(), node_ports, strict=True):
         node: Command = [BIN / "flower-supernode", "--insecure", "--superlink", address, "--port", str(node_port)]
-        node += ["--node-config", f'silo="{silo}" data="{data}"']
+        node_config = scratch / f"{silo}.toml"  # a file: on the command line a path could not hold quotes
+        node_config.write_text(tomli_w.dumps({"silo": silo, "data": data}), encoding="utf-8")
+        node += ["--node-config", node_config]
         group.start(silo, node, environment, scratch / f"{silo}.log")
 
 
@@ -136,21 +144,36 @@ def _mortal_commands(folder: Path) -> Path:
     return folder
 
 
-def _relay(run: "subprocess.Popen[bytes]") -> None:
+def _end_run_without_federation(group: ProcessGroup) -> None:
+    """Ends `flwr run`, which would wait for ever, when the SuperLink or a SuperNode has ended."""
+    while not group.dead():
+        time.sleep(0.5)
+    group.processes[RUN].terminate()
+
+
+def _relay(run: "subprocess.Popen[bytes]") -> list[str]:
+    """Prints the run's lines as they come; returns those in which the server says what is wrong."""
     assert run.stdout is not None
-    for line in run.stdout:
-        print(line.decode(errors="replace").rstrip(), flush=True)
-
-
-def _why(group: ProcessGroup, scratch: Path) -> str:
-    """What the logs say of a run that did not finish: the lines that start with "error:", or else their ends."""
     told = []
+    for raw in run.stdout:
+        line = raw.decode(errors="replace").rstrip()
+        if line.startswith("error: "):
+            told.append(f"server: {line}")
+        elif not told:  # after an error come Flower's tracebacks, which say no more
+            print(line, flush=True)
+    return told
+
+
+def _why(group: ProcessGroup, server_told: Sequence[str], scratch: Path) -> str:
+    """Why a run did not finish: what the server and the silos' logs call errors, else the ends of the logs."""
+    ended = [f"  {name} ended by itself" for name in group.dead() if name != RUN]
+    told = [f"  {line}" for line in server_told] + ended
     for log in sorted(scratch.glob("*.log")):
         lines = log.read_text(errors="replace").splitlines()
         told += [f"  {log.stem}: {line}" for line in lines if line.startswith("error:")]
-    if told:
+    if told and not ended:
         return "The run did not finish:\n" + "\n".join(dict.fromkeys(told))
-    return "The run did not finish.\n" + "\n".join(_tail(log) for log in sorted(scratch.glob("*.log")))
+    return "\n".join(["The run did not finish.", *told, *(_tail(log) for log in sorted(scratch.glob("*.log")))])
 
 
 def _tail(log: Path, num_lines: int = 15) -> str:

@@ -53,14 +53,14 @@ def run_federation(experiment: Experiment, exchange: Exchange, record: RunRecord
     with the weights of the undisturbed one, bit by bit. Raises ValueError for what the user can mend.
     """
     record.check()
+    resumed = _restore(experiment, record) if experiment.run.resume else None
     test = _server_test_split(experiment)
     silos = exchange.roll_call(experiment.federation.min_silos)
     schema = common_schema([*silos.values()], test)
     model = compile_model(build_model(experiment.model, schema, experiment.seed), experiment, schema)
-    state = ServerState(model.get_weights())
+    state = resumed or ServerState(model.get_weights())
     record.open()
-    if experiment.run.resume:
-        state = _restore(experiment, record)
+    if resumed:
         record.resume_at(state.round)
     else:
         record.append({"round": 0, **_test_metrics(model, state, test), "bytes_sent": 0})

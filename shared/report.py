@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -38,7 +39,7 @@ STYLE = ("default", "seaborn-v0_8-whitegrid", {"svg.fonttype": "none", "text.par
 CSS = """
 body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 3rem); max-width: 88rem; color: #1d2733; background: #fff;
        font: 14px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-:root { color-scheme: light; } h1 { font-size: 1.5rem; margin: 0 0 .6rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .6rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
 p, small { color: #4a5562; margin: .3rem 0; } small { display: block; font-weight: 400; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .5rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e1e5ea; }
@@ -48,7 +49,7 @@ thead th { vertical-align: bottom; white-space: normal; font-size: .85rem; borde
 .unfinished { font-size: .75rem; padding: .05rem .5rem; border-radius: 1rem; background: #fdecc8; color: #6b4500; }
 .legend { position: sticky; top: 0; padding: .4rem 0; background: #fff; } .legend span { white-space: nowrap; }
 .plots { display: grid; gap: 1.6rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
-svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
+svg { width: 100%; height: auto; } svg text { font-family: inherit !important; } :root { color-scheme: light; }
 """
 
 
@@ -69,11 +70,10 @@ class Run:
 
     def cost(self, key: str) -> float | None:
         """`seconds` or `bytes_sent` of the whole run, or up to the last row of an unfinished one."""
-        cost: float | None = self.result.get(key, self.rows[-1].get(key) if self.rows else None)
-        return cost
+        return self.result.get(key, self.rows[-1].get(key) if self.rows else None)
 
     def finals(self, split: str) -> dict[str, float]:
-        return dict(self.result.get("metrics", {}).get(split, {}))
+        return self.result.get("metrics", {}).get(split, {})
 
     def curve(self, x: str, split: str, metric: str) -> list[tuple[float, float]]:
         """(x, value) per row that has both; x is "step", "seconds" or "bytes_sent".
@@ -201,7 +201,8 @@ def _figure(svgs: list[str], title: str, x_label: str, height: float) -> Iterato
     from matplotlib.figure import Figure
 
     buffer = StringIO()
-    with style.context([*STYLE, {"svg.hashsalt": title}]):  # the salt keeps the ids of two figures apart
+    with style.context([*STYLE, {"svg.hashsalt": title}]), warnings.catch_warnings():  # salt: no id twice
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # text is only measured here: the browser has more fonts
         figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.add_subplot(xlabel=x_label)
         axes.set_title(title, loc="left", fontweight="bold")
@@ -251,10 +252,10 @@ def _plot_bars(svgs: list[str], runs: Sequence[Run], key: str, label: str, human
             alpha, note = (1.0, "") if run.result else (0.4, " so far")
             axes.barh(i, value, 0.62, color=COLOURS[i % len(COLOURS)], alpha=alpha, gid=f"{key}-run{i}")
             axes.annotate(human(value) + note, (value, i), (5, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(runs)), [f"{run.label:.28}" for run in runs])
+        names = [r.label if len(r.label) <= 32 else f"{r.label[:12]}…{r.label[-19:]}" for r in runs]
+        axes.set_yticks(range(len(runs)), names)
         axes.set_xlim(0, 1.3 * max(values))
-        if key == "bytes_sent":
-            axes.xaxis.set_major_formatter(lambda at, _: human(at))
+        axes.xaxis.set_major_formatter(lambda at, _: human(at))
         axes.invert_yaxis()
         axes.grid(False, axis="y")
 
@@ -270,7 +271,7 @@ def _plots(runs: Sequence[Run]) -> str:
         main = max(metrics[::-1], key=lambda m: sum(any(run.curve("step", s, m) for s in HELD_OUT) for run in runs))
         _plot_curves(svgs, runs, main, "seconds", "time (s)", *splits[1:])
         _plot_curves(svgs, runs, main, "bytes_sent", "bytes sent", *splits[1:])
-    _plot_bars(svgs, runs, "seconds", "time (s)", "{:,.1f} s".format)
+    _plot_bars(svgs, runs, "seconds", "time", "{:,.6g} s".format)
     _plot_bars(svgs, runs, "bytes_sent", "bytes sent", human_bytes)
     looks = ((COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)][1], run.label) for i, run in enumerate(runs))
     names = (
@@ -301,8 +302,7 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def _versions(runs: Sequence[Run]) -> str:
-    """One line per set of versions, with the runs that it made."""
-    made: dict[str, list[str]] = {}
+    made: dict[str, list[str]] = {}  # by each set of versions: its runs
     for run in runs:
         versions = (f"{name} {version}" for name, version in run.result.get("versions", {}).items())
         made.setdefault(", ".join(versions) or "known when the run is finished", []).append(run.label)

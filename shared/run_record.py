@@ -87,6 +87,7 @@ class RunRecord:
 
     def resume_at(self, step: int) -> None:
         """Keeps the rows up to `step`, the one that the checkpoint holds, and goes on counting seconds from there."""
+        (self.directory / "result.json").unlink(missing_ok=True)  # until it is finished again
         kept = [row for row in read_metrics(self.directory) if row[self.step_name] <= step]
         _write_atomically(self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0

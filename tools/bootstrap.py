@@ -253,7 +253,7 @@ def build_environment(setup: Setup) -> Dict[str, str]:
 def build_wheel(setup: Setup) -> Path:
     """Downloads Horovod's source (checked by its hash), mends and builds it, and keeps the wheel."""
     check_build_tools(setup)
-    say("building Horovod from source: 2 to 5 minutes on two cores; its wheel is kept for the next time")
+    say("building Horovod from source: 3 to 5 minutes on two cores; its wheel is kept for the next time")
     with tempfile.TemporaryDirectory(prefix="archipelago-") as name:
         folder = Path(name)
         options = ("--no-deps", "--no-build-isolation")

@@ -1,5 +1,6 @@
 """Real federations on loopback: a SuperLink, SuperNodes, Flower messages. The laws that tie the two halves together."""
 
+import functools
 import json
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import keras
@@ -15,10 +17,15 @@ import pytest
 
 from fl_app.launch import LaunchError, cut_data, federate
 from fl_app.local_training import load_silo, train_at_silo
+from fl_app.rounds import run_federation
+from shared.data import load_dataset
 from shared.experiment import Experiment, experiment_from_flat
+from shared.processes import free_ports
+from shared.run_record import RunRecord
 from shared.weights import Weights, add, max_difference, weights_sha256
 from shared.zoo import build_model
-from tests.parallel.launching import ROOT, environment, run_ranks
+from tests.local_exchange import LocalExchange
+from tests.parallel.launching import BIN, ROOT, environment, run_ranks
 
 pytestmark = pytest.mark.federation
 NUM_ROUNDS = 5
@@ -84,79 +91,91 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
 @pytest.fixture
 def launcher(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts `python -m fl_app.launch`; whatever it leaves behind is ended after the test."""
-    marker = str(tmp_path)
+    yield functools.partial(launch, str(tmp_path))
+    for process in our_processes(str(tmp_path)):
+        process.kill()
 
-    def start(*arguments: object) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-m", "fl_app.launch", *map(str, arguments)],
-            cwd=ROOT,
-            env=environment(ARCHIPELAGO_TEST=marker),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
-    yield start
+def launch(marker: str, *arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fl_app.launch", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(ARCHIPELAGO_TEST=marker),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@dataclass
+class KilledRun:
+    """A federation whose launcher was killed after round 2, and which was then resumed to its end."""
+
+    run: Path
+    num_processes: int  # when it was killed
+    left_over: list[psutil.Process]  # of them, 15 s later
+    output: str  # of the resumed launcher
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
+    folder = tmp_path_factory.mktemp("killed")
+    marker, run = str(folder), folder / "run"
+    path = toml_file(folder, experiment(folder / "unused"))
+    first = launch(marker, path, "--silos", 2, "--run-dir", run)
+    rows = run / "metrics.jsonl"
+    reached = wait_for(lambda: rows.is_file() and '"round": 2' in rows.read_text(), timeout_s=400)
+    num_processes = len(our_processes(marker))
+    first.kill()
+    assert reached, first.communicate()[0]
+    first.wait()
+    wait_for(lambda: not our_processes(marker), timeout_s=15)
+    left_over = our_processes(marker)
+    resumed = launch(marker, path, "--silos", 2, "--run-dir", run, "--resume")
+    output, _ = resumed.communicate(timeout=400)
+    yield KilledRun(run, num_processes, left_over, output)
     for process in our_processes(marker):
         process.kill()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of the law: two silos of unequal size and skewed classes, through real messages."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    e = experiment(folder / "run")
-    federate(e, cut_data(e, 2, folder), folder)
-    return folder / "run"
+def test_a_killed_launcher_takes_all_its_processes_along(killed: KilledRun) -> None:
+    assert killed.num_processes >= 7  # launcher, SuperLink, two SuperNodes, their executors, apps
+    assert killed.left_over == []
 
 
-def test_a_federation_of_full_batch_steps_is_central_sgd(undisturbed: Path, tmp_path: Path) -> None:
-    path = toml_file(tmp_path, experiment(tmp_path / "unused"))
+def test_a_killed_and_resumed_federation_is_bit_equal_to_an_undisturbed_one(killed: KilledRun, tmp_path: Path) -> None:
+    """The undisturbed one runs in this process, without Flower: messages lose nothing either."""
+    e = experiment(tmp_path / "run", **{"federation.min_silos": 2})
+    exchange = LocalExchange(e, cut_data(e, 2, tmp_path))
+    run_federation(e, exchange, RunRecord(e, "flower", "round"))
+    assert "round 2/5" not in killed.output
+    assert "round 3/5" in killed.output
+    assert result(killed.run)["weights_sha256"] == result(tmp_path / "run")["weights_sha256"]
+
+
+def test_a_federation_of_full_batch_steps_is_central_sgd(killed: KilledRun, tmp_path: Path) -> None:
+    e = experiment(tmp_path / "unused")
+    path = toml_file(tmp_path, e)
     for num_ranks in (1, 2):
         run = tmp_path / f"central{num_ranks}"
         done = run_ranks(num_ranks, "-m", "dist_train", path, "--run-dir", run)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         assert result(run)["world_size"] == num_ranks
-        assert max_difference(final_weights(run), final_weights(undisturbed)) <= 1e-5
-        assert abs(result(run)["metrics"]["test"]["loss"] - result(undisturbed)["metrics"]["test"]["loss"]) <= 1e-5
-    start = build_model(experiment(tmp_path).model, load_schema(), seed=5).get_weights()
-    assert max_difference(final_weights(undisturbed), start) > 0.05  # it went somewhere
+        assert max_difference(final_weights(run), final_weights(killed.run)) <= 1e-5
+        assert abs(result(run)["metrics"]["test"]["loss"] - result(killed.run)["metrics"]["test"]["loss"]) <= 1e-5
+    start = build_model(e.model, load_dataset(e.data).schema, e.seed).get_weights()
+    assert max_difference(final_weights(killed.run), start) > 0.05  # it went somewhere
 
 
-def load_schema():
-    from shared.data import load_dataset
-
-    return load_dataset(experiment(Path("unused")).data).schema
-
-
-def test_the_run_record_is_whole(undisturbed: Path) -> None:
-    found = result(undisturbed)
+def test_the_run_record_is_whole(killed: KilledRun) -> None:
+    found = result(killed.run)
     assert found["runtime"] == "flower"
     assert found["silos"] == ["silo-0", "silo-1"]
-    assert found["weights_sha256"] == weights_sha256(final_weights(undisturbed))
+    assert found["weights_sha256"] == weights_sha256(final_weights(killed.run))
     # two silos, five rounds, down and up, four bytes a parameter
     assert found["bytes_sent"] == 2 * NUM_ROUNDS * 2 * 4 * found["num_parameters"]
-    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (killed.run / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == list(range(NUM_ROUNDS + 1))
-
-
-def test_a_killed_federation_dies_whole_and_resumes_bit_equal(undisturbed: Path, launcher, tmp_path: Path) -> None:
-    run, path = tmp_path / "run", toml_file(tmp_path, experiment(tmp_path / "unused"))
-    killed = launcher(path, "--silos", 2, "--run-dir", run)
-    rows = run / "metrics.jsonl"
-    assert wait_for(lambda: rows.is_file() and '"round": 2' in rows.read_text(), timeout_s=240)
-    assert len(our_processes(str(tmp_path))) >= 7  # launcher, SuperLink, two SuperNodes, their executors
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert wait_for(lambda: not our_processes(str(tmp_path)), timeout_s=15)
-    assert not (run / "result.json").exists()
-
-    resumed = launcher(path, "--silos", 2, "--run-dir", run, "--resume")
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
-    assert "round 1/" not in output
-    assert result(run)["weights_sha256"] == result(undisturbed)["weights_sha256"]
-    assert wait_for(lambda: not our_processes(str(tmp_path)), timeout_s=5)
 
 
 def test_one_silo_is_local_training_and_its_order_is_its_names(tmp_path: Path) -> None:
@@ -206,6 +225,24 @@ def test_ctrl_c_shuts_everything_down(launcher, tmp_path: Path) -> None:
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert not our_processes(str(tmp_path))
+
+
+def test_a_superlink_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    (tmp_path / "config.toml").write_text(f'[superlink.nowhere]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    path = toml_file(tmp_path, experiment(tmp_path / "run"))
+    done = subprocess.run(
+        [BIN / "flwr", "run", ROOT, "nowhere", "--run-config", path],
+        env=environment(FLWR_HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "SuperLink" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Run by test_equality.py on N ranks: trains each case for 20 steps and writes what every rank ended with.
 
-python equality_job.py OUTPUT_FOLDER       (under horovodrun -np N, or alone)
+    python equality_job.py OUTPUT_FOLDER CASE...       (under horovodrun -np N, or alone)
+
+The case "facts" stands for what else the ranks are asked: resume, refusals, dropout.
 """
 
 import json
@@ -243,11 +245,17 @@ def dropout_differs(communicator: Communicator) -> float:
     return float(np.abs(masks[0] - masks[-1]).max())
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     communicator = hvk.init()
-    for name, case in CASES.items():
-        run_case(case, communicator, folder, name)
+    for name in names:
+        if name in CASES:
+            run_case(CASES[name], communicator, folder, name)
+    if "facts" in names:
+        find_facts(communicator, folder)
+
+
+def find_facts(communicator: Communicator, folder: Path) -> None:
     facts: dict[str, object] = {"resume": run_resumes(communicator, folder)}
     if communicator.world_size > 1:
         facts |= {"refusals": run_refusals(communicator), "dropout": dropout_differs(communicator)}
@@ -256,4 +264,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

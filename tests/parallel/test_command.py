@@ -49,7 +49,7 @@ def test_a_mistake_is_told_once_and_leaves_nothing_behind(tmp_path: Path) -> Non
         (["experiments/digits_cn.toml"], "No experiment file at experiments/digits_cn.toml"),
         ([EXPERIMENT, "--set", "trainng.epochs=3"], "Did you mean 'training.epochs'?"),
         ([EXPERIMENT, "--set", "model.name=cn"], "Nearest: cnn."),
-        ([EXPERIMENT, "--set", "data.name=digts"], "Nearest: digits."),
+        ([EXPERIMENT, "--set", "data.name=digts"], "Nearest: digits, diabetes."),
         ([EXPERIMENT, "--resume"], "Nothing to resume"),
     ],
 )
@@ -67,9 +67,11 @@ def test_mistakes_end_with_one_clean_line(tmp_path: Path, arguments: list[str], 
 def test_one_process_imports_no_horovod(tmp_path: Path) -> None:
     program = (
         "import sys; from dist_train.__main__ import main; "
-        f"status = main(['experiments/article_linear_distributed.toml', '--run-dir', {str(tmp_path / 'run')!r}]); "
+        f"status = main(['experiments/article_linear_distributed.toml', '--run-dir', {str(tmp_path / 'run')!r}, "
+        "'--set', 'run.tensorboard=true']); "
         "sys.exit(status or any(name.partition('.')[0] == 'horovod' for name in sys.modules))"
     )
     done = run_ranks(1, "-c", program)
     assert done.returncode == 0, done.stderr[-2000:]
     assert result(tmp_path / "run")["runtime"] == "single"
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.*"))

@@ -16,14 +16,17 @@ WORLD_SIZES = (2, 3)
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The folder that the job left on so many ranks; each job runs once."""
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder that the job left on so many ranks; each job runs once, with the cases that the chosen tests need."""
     folders: dict[int, Path] = {}
+    chosen = [item for item in request.session.items if item.path == Path(__file__)]
+    needed = {item.callspec.params.get("case", "facts") if hasattr(item, "callspec") else "facts" for item in chosen}
+    needed |= {"adam", "adamw_global_clip"} if "facts" in needed else set()
 
     def run(world_size: int) -> Path:
         if world_size not in folders:
             folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-            done = run_ranks(world_size, Path(__file__).with_name("equality_job.py"), folder)
+            done = run_ranks(world_size, Path(__file__).with_name("equality_job.py"), folder, *sorted(needed))
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             folders[world_size] = folder
         return folders[world_size]

@@ -12,7 +12,7 @@ EXPERIMENT = experiment_from_flat({"seed": 3})
 
 
 def checkpoint(meta: object = 7) -> Checkpoint:
-    """Of every dtype and shape that models and optimizers have; more than ten arrays, which text would sort 1, 10, 2."""
+    """Dtypes and shapes as in models and optimizers; more than ten arrays, whose numbers sort as 1, 10, 2 in text."""
     rng = np.random.default_rng(0)
     arrays = {
         "model": [
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_refused_wherever_it_is_cut(path: Path):
     whole = path.read_bytes()
     for size in (0, 1, 20, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="not a readable checkpoint .*Delete the run directory"):
+        with pytest.raises(ValueError, match=r"not a readable checkpoint .*Delete the run directory"):
             load_checkpoint(path, EXPERIMENT)
 
 

@@ -201,14 +201,14 @@ def test_overrides_are_checked_like_the_file(load: Callable[..., Experiment]):
 def test_what_is_not_of_the_form_is_refused_with_rule_value_and_remedy(
     load: Callable[..., Experiment], text: str, words: list[str]
 ):
-    with pytest.raises(ValueError, match="mine.toml") as caught:
+    with pytest.raises(ValueError, match=r"mine\.toml") as caught:
         load(text)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_every_problem_of_a_file_is_told_at_once(load: Callable[..., Experiment]):
-    with pytest.raises(ValueError, match=r"(?s)training\.epochs must .*\n.*optimizer\.name must|optimizer.*\n.*epochs"):
+    with pytest.raises(ValueError, match=r"optimizer\.name must be 'sgd'.*\n.*training\.epochs must be greater"):
         load("[training]\nepochs = 0\n[optimizer]\nname = 'adagrad'")
 
 

@@ -161,6 +161,14 @@ def test_each_run_is_named_and_its_name_is_text(tmp_path: Path) -> None:
     assert "&lt;b&gt;x&amp;$1$</text>" in page.html  # bars: not a formula either
 
 
+@pytest.mark.filterwarnings("error")
+def test_bars_have_long_and_foreign_names(tmp_path: Path) -> None:
+    long = "federation_of_very_many_hospitals_run_"
+    page = page_of(tmp_path, *(central_run(tmp_path / name) for name in (f"{long}1", f"{long}2", "病院")))
+    for shown in ("federation_o…any_hospitals_run_1", "federation_o…any_hospitals_run_2", "病院"):
+        assert f">{shown}</text>" in page.html
+
+
 def test_runs_of_the_same_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
     page = page_of(tmp_path, central_run(tmp_path / "x" / "run"), central_run(tmp_path / "y" / "run"))
     assert page.result("run") == ["x/runexperiment", "y/runexperiment"]
@@ -239,7 +247,7 @@ def test_an_unfinished_run_is_marked_and_drawn(tmp_path: Path) -> None:
     assert page.result("seconds") == ["7.5", "8.0", "-"]
     assert page.result("bytes sent") == ["0 B", "500 kB", "-"]
     assert len(page.curve("step-loss-test-run1")) == 2
-    assert "8.0 s so far" in page.html
+    assert ">8 s so far</text>" in page.html
 
 
 def test_only_settings_that_differ_are_listed(tmp_path: Path) -> None:

@@ -1,0 +1,189 @@
+"""Child processes: none outlives us, however we end."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shared import processes
+from shared.processes import ProcessGroup, child_environment, free_ports, is_listening, wait_until_listening
+
+GRACE_S = 0.4  # here, instead of the 5 s that real programs get
+START_S = 20.0  # a shell or a Python is up long before
+POLITE = "sleep 60"
+STUBBORN = "trap '' TERM; while :; do sleep 0.1; done"
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "GRACE_S", GRACE_S)
+
+
+@pytest.fixture
+def pids(tmp_path: Path) -> Iterator[Path]:
+    """A file into which the processes of a test write their ids; what still lives afterwards is ended."""
+    path = tmp_path / "pids"
+    path.touch()
+    yield path
+    for pid in map(int, path.read_text().split()):
+        if is_alive(pid):
+            psutil.Process(pid).kill()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + START_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def family(group: ProcessGroup, child: str, grandchild: str, pids: Path) -> list[int]:
+    """Starts a shell that runs `child`, with another that runs `grandchild` below it; returns both ids."""
+    tell = f"echo $$ >> {pids}"
+    command = ["sh", "-c", f'sh -c "{tell}; {grandchild}" & {tell}; {child}']
+    group.start("family", command, child_environment(), log=pids.with_name("log"))
+    assert wait_for(lambda: len(pids.read_text().split()) == 2)
+    return list(map(int, pids.read_text().split()))
+
+
+@pytest.mark.parametrize("child", [POLITE, STUBBORN])
+@pytest.mark.parametrize("grandchild", [POLITE, STUBBORN])
+def test_leaving_ends_children_and_grandchildren_also_those_that_ignore_being_asked(
+    pids: Path, child: str, grandchild: str
+):
+    with ProcessGroup() as group:
+        started = family(group, child, grandchild, pids)
+        assert all(map(is_alive, started))
+        left = time.monotonic()
+    # asking and killing have one grace period each, and this machine may be busy
+    assert time.monotonic() - left < 2 * GRACE_S + 2.0
+    assert not any(map(is_alive, started))
+    assert group.dead() == ["family"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_error_ends_them_too_and_goes_on_its_way(pids: Path, error: type[BaseException]):
+    started: list[int] = []
+
+    def start_and_fail() -> None:
+        with ProcessGroup() as group:
+            started.extend(family(group, POLITE, POLITE, pids))
+            raise error
+
+    with pytest.raises(error):
+        start_and_fail()
+    assert len(started) == 2
+    assert not any(map(is_alive, started))
+
+
+def test_sigterm_leaves_the_group_as_an_exit_and_the_handlers_are_put_back(pids: Path):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    started: list[int] = []
+
+    def start_and_be_asked_to_end() -> None:
+        with ProcessGroup() as group:
+            started.extend(family(group, POLITE, POLITE, pids))
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        start_and_be_asked_to_end()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert len(started) == 2
+    assert not any(map(is_alive, started))
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_children_that_have_ended_by_themselves_are_no_trouble():
+    with ProcessGroup() as group:
+        ended = group.start("ended", ["sh", "-c", "exit 3"], child_environment())
+        assert ended.wait(START_S) == 3
+        group.start("running", ["sleep", "60"], child_environment())
+        assert group.dead() == ["ended"]
+    assert set(group.dead()) == {"ended", "running"}
+
+
+def test_a_command_that_does_not_exist_is_an_error_and_leaves_nothing_behind():
+    with ProcessGroup() as group:
+        with pytest.raises(FileNotFoundError):
+            group.start("none", ["/no/such/command"], child_environment())
+        assert group.processes == {}
+
+
+def test_output_goes_to_the_log_or_to_a_pipe(tmp_path: Path):
+    with ProcessGroup() as group:
+        command = ["sh", "-c", "echo out; echo err >&2"]
+        group.start("logged", command, child_environment(), log=tmp_path / "log").wait(START_S)
+        piped, _ = group.start("piped", command, child_environment()).communicate(timeout=START_S)
+    assert (tmp_path / "log").read_text() == "out\nerr\n"
+    assert piped == b"out\nerr\n"
+    assert group.logs == {"logged": tmp_path / "log"}
+
+
+def test_the_children_of_a_process_that_is_killed_outright_die(project: Path, pids: Path):
+    script = f"""if True:
+        import time
+        from shared.processes import ProcessGroup, child_environment
+        with ProcessGroup() as group:
+            command = ["sh", "-c", "echo $$ >> {pids}; {STUBBORN}"]
+            group.start("child", command, child_environment())
+            time.sleep(60)"""
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=project, env=child_environment())
+    assert wait_for(lambda: len(pids.read_text().split()) == 1)
+    child = int(pids.read_text())
+    assert is_alive(child)
+    parent.kill()
+    parent.wait(START_S)
+    assert wait_for(lambda: not is_alive(child))
+
+
+# --- ports
+
+
+def test_free_ports_differ_and_nobody_listens_on_them():
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    assert not any(map(is_listening, ports))
+
+
+def test_waiting_ends_when_something_listens():
+    (port,) = free_ports(1)
+    script = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(60)"
+    with ProcessGroup() as group:
+        server = group.start("server", [sys.executable, "-c", script], child_environment())
+        assert wait_until_listening(port, server, timeout_s=START_S)
+        assert is_listening(port)
+
+
+def test_waiting_ends_when_the_process_dies():
+    with ProcessGroup() as group:
+        dying = group.start("dying", ["sh", "-c", "exit 1"], child_environment())
+        began = time.monotonic()
+        assert not wait_until_listening(free_ports(1)[0], dying, timeout_s=START_S)
+        assert time.monotonic() - began < START_S / 2
+
+
+def test_waiting_ends_when_the_time_is_up():
+    with ProcessGroup() as group:
+        silent = group.start("silent", ["sleep", "60"], child_environment())
+        assert not wait_until_listening(free_ports(1)[0], silent, timeout_s=0.2)
+
+
+def test_a_childs_environment_is_ours_with_changes_and_with_bytecode_on_disk(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ARCHIPELAGO_A", "ours")
+    monkeypatch.setenv("ARCHIPELAGO_B", "ours")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    environment = child_environment(ARCHIPELAGO_B="changed")
+    assert (environment["ARCHIPELAGO_A"], environment["ARCHIPELAGO_B"]) == ("ours", "changed")
+    assert "PYTHONDONTWRITEBYTECODE" not in environment

@@ -1,0 +1,262 @@
+"""The zoo: what every model must do. A new entry of MODELS is tested by being registered."""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from shared.data import Dataset, Schema, load_dataset
+from shared.experiment import DataSection, ModelSection, experiment_from_flat
+from shared.training import EpochBatches, compile_model, evaluate, fit_epochs
+from shared.weights import weights_sha256
+from shared.zoo import MODELS, build_model, parse_options
+from shared.zoo.wide_deep import BucketIds
+
+SETS = {"cnn": ["digits"]}  # models that do not take tables; all others learn classes and numbers from tables
+CASES = [(name, data) for name in MODELS for data in SETS.get(name, ["wine", "diabetes"])]
+TABLE = Schema((4,), 3)
+
+
+def eight_examples(data: str) -> Dataset:
+    dataset = load_dataset(DataSection(name=data))
+    return dataset.take(np.linspace(0, len(dataset) - 1, 8).astype(int))  # over all classes
+
+
+def build(name: str, schema: Schema = TABLE, seed: int = 0, **keys: str) -> keras.Model:
+    return build_model(ModelSection(name=name, **keys), schema, seed)
+
+
+# --- every model
+
+
+@pytest.mark.parametrize(("name", "data"), CASES)
+def test_every_model_maps_a_batch_to_one_float_per_output(name: str, data: str):
+    examples = eight_examples(data)
+    outputs = np.asarray(build(name, examples.schema)(examples.x))
+    assert outputs.shape == (8, examples.num_classes or 1)
+    assert outputs.dtype == np.float32
+    assert np.isfinite(outputs).all()
+
+
+@pytest.mark.parametrize(("name", "data"), CASES)
+def test_every_model_outputs_logits_that_may_be_negative(name: str, data: str):
+    """No softmax, ReLU or sigmoid at the end: moving the last bias by -100 moves the output by -100."""
+    examples = eight_examples(data)
+    model = build(name, examples.schema)
+    before = np.asarray(model(examples.x))
+    bias = next(v for v in reversed(model.trainable_variables) if v.path.endswith("output/bias"))
+    bias.assign(bias - 100.0)
+    np.testing.assert_allclose(np.asarray(model(examples.x)), before - 100.0, atol=1e-4)  # float32 near 100
+
+
+@pytest.mark.parametrize(("name", "data"), CASES)
+def test_every_model_comes_back_from_its_file_with_equal_predictions(tmp_path: Path, name: str, data: str):
+    examples = eight_examples(data)
+    model = build(name, examples.schema)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    assert weights_sha256(loaded.get_weights()) == weights_sha256(model.get_weights())
+    np.testing.assert_array_equal(np.asarray(loaded(examples.x)), np.asarray(model(examples.x)))
+
+
+@pytest.mark.parametrize(("name", "data"), CASES)
+def test_every_models_weights_are_determined_by_the_seed(name: str, data: str):
+    schema = eight_examples(data).schema
+    one = weights_sha256(build(name, schema, seed=0).get_weights())
+    keras.utils.set_random_seed(99)  # what was drawn before must not matter
+    assert weights_sha256(build(name, schema, seed=0).get_weights()) == one
+    assert weights_sha256(build(name, schema, seed=1).get_weights()) != one
+
+
+@pytest.mark.parametrize(("name", "data"), CASES)
+def test_every_model_can_learn_eight_examples_by_heart(name: str, data: str):
+    examples = eight_examples(data)
+    repeated = examples.take(np.tile(np.arange(8), 100))  # all 100 steps in one epoch: epochs cost more than steps
+    experiment = experiment_from_flat({"optimizer.learning_rate": 0.05})
+    model = compile_model(build(name, examples.schema), experiment, examples.schema)
+    before = evaluate(model, examples)["loss"]
+    fit_epochs(model, EpochBatches(repeated, 8, seed=0), 0, 1)
+    assert before > 0.4  # guessing: about log(3) = 1.1 for wine, log(10) for digits, and the variance 1 for diabetes
+    assert evaluate(model, examples)["loss"] < 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_refuses_an_unknown_option_and_lists_the_known_ones(name: str):
+    with pytest.raises(ValueError, match=f"'{name}' takes no option 'colour'. It takes: "):
+        build(name, options="colour = 3")
+
+
+# --- options
+
+
+def test_a_misspelt_option_is_refused_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"no option 'unit'\. It takes: units, activation, dropout_rate; nearest: units"
+    ):
+        build("mlp", options="unit = [3]")
+    with pytest.raises(ValueError, match=r"It takes: none"):
+        build("linear", options="units = [3]")
+
+
+@pytest.mark.parametrize("options", ["units = 3", "dropout_rate = 'high'"])
+def test_an_option_of_the_wrong_type_is_refused(options: str):
+    with pytest.raises(ValueError, match=r"model\.options = .* does not suit 'mlp'") as caught:
+        build("mlp", options=options)
+    assert repr(options) in str(caught.value)
+
+
+def test_options_that_are_no_toml_are_refused_with_an_example():
+    with pytest.raises(ValueError, match=r"TOML text like 'units = \[64, 32\]'; received 'units \[3'"):
+        parse_options("units [3")
+
+
+def test_options_reach_the_model():
+    model = build("mlp", options="units = [5, 6]\ndropout_rate = 0.5\nactivation = 'tanh'")
+    assert [w.shape for w in model.get_weights()] == [(4, 5), (5,), (5, 6), (6,), (6, 3), (3,)]
+    assert [layer.rate for layer in model.layers if isinstance(layer, keras.layers.Dropout)] == [0.5, 0.5]
+    assert model.get_layer("dense0").activation is keras.activations.tanh
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "options", "message"),
+    [
+        ("cnn", TABLE, "", r"takes images .* received examples of \(4,\)"),
+        ("cnn", Schema((2, 9, 1), 3), "", r"halves the image 2 times; received images of \(2, 9, 1\).*'filters'"),
+        ("wide_deep", Schema((8, 8, 1), 3), "", r"takes tables.*received examples of \(8, 8, 1\)"),
+        ("wide_deep", TABLE, "categorical_columns = [0, 4, -1]", r"must lie in 0\.\.3; received \[4, -1\]"),
+    ],
+)
+def test_data_that_does_not_suit_a_model_is_refused(name: str, schema: Schema, options: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        build(name, schema, options=options)
+
+
+def test_an_unknown_model_is_refused_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"zoo entry or 'package\.module:function'; received 'wide_dep'.*: wide_deep\."
+    ):
+        build("wide_dep")
+
+
+# --- the user's own builder
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of the user's, in the folder where they start the program."""
+    name = f"own_models_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(
+        """
+import keras
+
+def build(schema, width=2):
+    return keras.Sequential([keras.layers.Dense(width), keras.layers.Dense(schema.num_outputs)])
+
+def build_anything(schema, **options):
+    return build(schema, options["any_width"])
+
+def build_nothing(schema):
+    return None
+
+LIMIT = 3
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_a_dotted_path_names_the_users_own_model_even_if_it_is_not_built_yet(own_module: str):
+    shapes = [w.shape for w in build(f"{own_module}:build", options="width = 7").get_weights()]
+    assert shapes == [(4, 7), (7,), (7, 3), (3,)]
+
+
+def test_a_builder_that_takes_any_option_gets_it(own_module: str):
+    assert build(f"{own_module}:build_anything", options="any_width = 5").get_weights()[0].shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("no_such_module:build", "", r"no module 'no_such_module' can be imported.*PYTHONPATH"),
+        ("{own}:bild", "", r"has no function 'bild'\. Nearest: build"),
+        ("{own}:LIMIT", "", r"has no function 'LIMIT'"),
+        ("{own}:build_nothing", "", r"must return a keras\.Model; received NoneType"),
+        ("{own}:build", "wide = 3", r"takes no option 'wide'\. It takes: width; nearest: width"),
+    ],
+)
+def test_a_dotted_path_that_leads_nowhere_is_refused(own_module: str, path: str, options: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        build(path.format(own=own_module), options=options)
+
+
+# --- initial weights
+
+
+def test_initial_weights_replace_the_fresh_ones(tmp_path: Path):
+    trained = build("mlp", seed=5)
+    trained.save(tmp_path / "trained.keras")
+    started = build("mlp", seed=0, initial=str(tmp_path / "trained.keras"))
+    assert weights_sha256(started.get_weights()) == weights_sha256(trained.get_weights())
+
+
+def test_initial_weights_of_other_shapes_are_refused_and_the_first_that_differs_is_named(tmp_path: Path):
+    path = str(tmp_path / "trained.keras")
+    build("mlp").save(path)  # (4, 64) (64,) (64, 32) (32,) (32, 3) (3,)
+    cases = [
+        ({"name": "mlp", "options": "units = [64, 33]"}, "6 arrays against 6", "number 2, received [(64, 32)]"),
+        ({"name": "mlp", "options": "units = [64, 32, 3]"}, "6 arrays against 8", "number 6, received []"),
+        ({"name": "linear"}, "6 arrays against 2", "number 0, received [(4, 64)], expected [(4, 3)]"),
+    ]
+    for model, *words in cases:
+        with pytest.raises(ValueError, match=r"other weights than the model.*Use the same model\.name") as caught:
+            build(initial=path, **model)
+        for word in words:
+            assert word in str(caught.value)
+
+
+def test_a_file_of_initial_weights_that_cannot_be_read_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"model\.initial names no file: .*none\.keras"):
+        build("mlp", initial=str(tmp_path / "none.keras"))
+    (tmp_path / "garbage.keras").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"model\.initial = '.*garbage\.keras' cannot be loaded"):
+        build("mlp", initial=str(tmp_path / "garbage.keras"))
+
+
+# --- wide_deep's buckets
+
+
+def bucket_of(value: float, num_buckets: int, is_category: bool) -> int:
+    """The slow oracle: look at every bucket."""
+    if is_category:
+        return min(range(num_buckets), key=lambda category: abs(category - value))
+    upper_ends = [-3 + 6 * (i + 1) / num_buckets for i in range(num_buckets - 1)]
+    return next((i for i, end in enumerate(upper_ends) if value < end), num_buckets - 1)
+
+
+@pytest.mark.parametrize("num_buckets", [1, 5, 16])
+@pytest.mark.parametrize("categorical_columns", [[], [1], [0, 2]])
+def test_bucket_ids_are_those_of_a_slow_search(num_buckets: int, categorical_columns: list[int]):
+    inside = np.random.default_rng(0).uniform(-4, num_buckets + 2, size=200)
+    outside = [-1e6, -3.01, -2.99, -0.51, -0.49, 0.01, 0.49, 0.51, 2.99, 3.01, 14.6, 15.4, 1e6]
+    x = np.stack([np.roll([*inside, *outside], 7 * column) for column in range(3)], axis=1).astype(np.float32)
+    ids = np.asarray(BucketIds(num_buckets, categorical_columns)(x))
+    for row, column in itertools.product(range(len(x)), range(3)):
+        bucket = bucket_of(float(x[row, column]), num_buckets, column in categorical_columns)
+        assert ids[row, column] == column * num_buckets + bucket, x[row, column]
+
+
+def test_wide_deep_starts_with_no_opinion_in_its_wide_buckets_and_learns_them(make_data: Callable[..., Dataset]):
+    model = build("wide_deep", options="num_buckets = 8")
+    (wide,) = model.get_layer("wide").get_weights()
+    assert wide.shape == (4 * 8, 3)
+    assert not wide.any()
+    x = make_data(1).x
+    before = np.asarray(model(x))
+    model.get_layer("wide").set_weights([wide + np.float32([1.0, 2.0, 3.0])])
+    # every one of the 4 columns is in some bucket, so their mean is the row that all have
+    np.testing.assert_allclose(np.asarray(model(x)) - before, [[1.0, 2.0, 3.0]], atol=1e-5)
+    assert not math.isclose(float(before.std()), 0.0)
