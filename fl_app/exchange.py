@@ -12,7 +12,7 @@ from fl_app.rounds import FederationError
 from shared.data import Schema
 from shared.weights import Weights
 
-REPLY_POLL_S = 0.05  # well below what a round takes
+REPLY_POLL_S = 0.2  # well below what a round takes, and rare enough to leave the cores to the silos
 NODES_POLL_S = 0.5
 
 

@@ -23,7 +23,7 @@ RUNTIMES: dict[str, tuple[str, list[str]]] = {
     "one_process": ("in one process", [str(BIN / "python"), "-m", "dist_train"]),
     "horovod": (
         "on two Horovod ranks",
-        [str(BIN / "horovodrun"), "-np", "2", str(BIN / "python"), "-m", "dist_train"],
+        [str(BIN / "horovodrun"), "--gloo", "-np", "2", str(BIN / "python"), "-m", "dist_train"],
     ),
     "federation": (
         "in a federation of three silos with uneven classes",

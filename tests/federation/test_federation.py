@@ -104,6 +104,7 @@ def launch(marker: str, *arguments: object) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as on a terminal, wherever the tests run
     )
 
 
@@ -207,12 +208,12 @@ def test_a_silo_without_usable_data_ends_the_run_with_its_reason_kept_at_the_sil
     e = experiment(tmp_path / "run")
     with pytest.raises(LaunchError) as caught:
         federate(e, {"a": "wine", "b": str(bad)}, tmp_path)
-    message = str(caught.value)
-    assert "silo b" in message  # from the silo's own log, on the silo's own machine
-    assert "forty-two" in message
-    sent = capfd.readouterr().out  # the ServerApp's lines: what left the silo
+    lines = str(caught.value).splitlines()
+    (reason,) = (line for line in lines if line.startswith("  b: "))  # from the silo's own log, on its own machine
+    assert "forty-two" in reason
+    (sent,) = (line for line in lines if line.startswith("  server: "))  # what left the silo
     assert "silo 'b' refuses" in sent
-    assert "forty-two" not in sent
+    assert "forty-two" not in sent + capfd.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

@@ -20,7 +20,7 @@ def run_ranks(
     num_ranks: int, *command: object, cwd: Path = ROOT, timeout_s: float = 300.0
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python COMMAND...` on so many ranks; one rank is a plain process, without Horovod."""
-    launcher = [str(BIN / "horovodrun"), "-np", str(num_ranks)] if num_ranks > 1 else []
+    launcher = [str(BIN / "horovodrun"), "--gloo", "-np", str(num_ranks)] if num_ranks > 1 else []
     return subprocess.run(
         [*launcher, sys.executable, *map(str, command)],
         cwd=cwd,

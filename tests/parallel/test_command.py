@@ -49,8 +49,6 @@ def test_a_mistake_is_told_once_and_leaves_nothing_behind(tmp_path: Path) -> Non
         (["experiments/digits_cn.toml"], "No experiment file at experiments/digits_cn.toml"),
         ([EXPERIMENT, "--set", "trainng.epochs=3"], "Did you mean 'training.epochs'?"),
         ([EXPERIMENT, "--set", "model.name=cn"], "Nearest: cnn."),
-        ([EXPERIMENT, "--set", "data.name=digts"], "Nearest: digits, diabetes."),
-        ([EXPERIMENT, "--resume"], "Nothing to resume"),
     ],
 )
 def test_mistakes_end_with_one_clean_line(tmp_path: Path, arguments: list[str], told: str) -> None:
