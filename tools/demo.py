@@ -34,6 +34,8 @@ RUNTIMES: dict[str, tuple[str, list[str]]] = {
 
 def main() -> int:
     console = Console()
+    if not console.is_terminal:
+        console.width = 100  # a log file cuts nothing off
     shutil.rmtree(FOLDER, ignore_errors=True)
     for number, (name, (where, command)) in enumerate(RUNTIMES.items(), start=1):
         console.rule(f"{number}/{len(RUNTIMES)}: {EXPERIMENT} {where}")

@@ -1,0 +1,67 @@
+"""What the adapter does before any rank is involved. With ranks: tests/parallel/test_equality.py."""
+
+import os
+
+import keras
+import pytest
+
+import dist_train.keras_horovod as hvk
+from dist_train.__main__ import set_threads
+from dist_train.collectives import LocalCommunicator
+
+
+def compiled(jit_compile: bool = False) -> keras.Model:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(), "mse", jit_compile=jit_compile)
+    return model
+
+
+class TwoRanks(LocalCommunicator):
+    """Enough of a communicator for what is checked before the first collective."""
+
+    world_size = 2
+
+
+def test_a_script_that_forgets_init_is_told_so_instead_of_training_alone() -> None:
+    with pytest.raises(ValueError, match=r"Call hvk.init\(\) first"):
+        hvk.distribute(compiled())
+
+
+def test_a_model_must_be_compiled_first() -> None:
+    with pytest.raises(ValueError, match="compile"):
+        hvk.distribute(keras.Sequential([keras.layers.Dense(1)]), TwoRanks())
+
+
+def test_xla_is_refused() -> None:
+    with pytest.raises(ValueError, match="jit_compile=False"):
+        hvk.distribute(compiled(jit_compile=True), TwoRanks())
+
+
+def test_one_rank_changes_nothing() -> None:
+    model = compiled()
+    hvk.distribute(model, LocalCommunicator())
+    assert type(model.optimizer) is keras.optimizers.Adam
+    assert "fit" not in vars(model)
+    assert hvk.bytes_sent(model) == 0
+
+
+@pytest.mark.parametrize("lacking", ["_clip_gradients", "scale_loss"])
+def test_an_optimizer_without_the_hook_is_refused(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    """As in a Keras that renamed the method: gradients would stay local without a word."""
+    model = compiled()
+    monkeypatch.delattr(keras.src.optimizers.base_optimizer.BaseOptimizer, lacking)
+    with pytest.raises(RuntimeError, match=f"lacks {lacking}"):
+        hvk.distribute(model, TwoRanks())
+
+
+def test_ranks_share_the_cores_of_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = set(range(8))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores)
+    for wanted, local_size, expected in [(0, 1, "8"), (0, 4, "2"), (0, 16, "1"), (3, 4, "3")]:
+        for variable in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+            monkeypatch.setenv(variable, "")  # so that it is put back as it was after the test
+            monkeypatch.delenv(variable)
+        communicator = LocalCommunicator()
+        communicator.local_size = local_size
+        set_threads(wanted, communicator)
+        assert os.environ["TF_NUM_INTRAOP_THREADS"] == expected
