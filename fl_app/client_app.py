@@ -20,26 +20,20 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    schema, weights, round_number = unpack_task(message.content)
-    return _answer(
-        message,
-        context,
-        lambda silo, experiment: pack_result(
-            train_at_silo(with_federation_schema(silo, schema), experiment, weights, round_number)
-        ),
-    )
+    def work(silo: Silo, experiment: Experiment) -> RecordDict:
+        schema, weights, round_number = unpack_task(message.content)
+        return pack_result(train_at_silo(with_federation_schema(silo, schema), experiment, weights, round_number))
+
+    return _answer(message, context, work)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    schema, weights, _ = unpack_task(message.content)
-    return _answer(
-        message,
-        context,
-        lambda silo, experiment: pack_result(
-            evaluate_at_silo(with_federation_schema(silo, schema), experiment, weights)
-        ),
-    )
+    def work(silo: Silo, experiment: Experiment) -> RecordDict:
+        schema, weights, _ = unpack_task(message.content)
+        return pack_result(evaluate_at_silo(with_federation_schema(silo, schema), experiment, weights))
+
+    return _answer(message, context, work)
 
 
 def _answer(message: Message, context: Context, work: Callable[[Silo, Experiment], RecordDict]) -> Message:

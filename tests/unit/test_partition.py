@@ -61,6 +61,12 @@ def test_a_partition_depends_on_the_seed_and_on_nothing_else(labels: np.ndarray,
     assert {tuple(part) for part in one}.isdisjoint(tuple(part) for part in other)
 
 
+@pytest.mark.parametrize("kind", ["dirichlet", "pathological"])
+def test_the_seed_draws_which_classes_a_silo_owns(labels: np.ndarray, kind: str):
+    one, other = (class_shares(labels, cut(labels, kind, seed=seed, **SETTINGS[kind])) for seed in (0, 2))
+    assert np.abs(one - other).max() > 0.2
+
+
 @pytest.mark.parametrize("kind", PARTITIONERS)
 def test_one_silo_owns_everything(labels: np.ndarray, kind: str):
     settings = SETTINGS[kind] | {"sizes": "[1000]", "classes_per_silo": NUM_CLASSES}

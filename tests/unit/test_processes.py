@@ -51,11 +51,14 @@ def wait_for(condition: Callable[[], bool]) -> bool:
 
 def family(group: ProcessGroup, child: str, grandchild: str, pids: Path) -> list[int]:
     """Starts a shell that runs `child`, with another that runs `grandchild` below it; returns both ids."""
-    tell = f"echo $$ >> {pids}"
-    command = ["sh", "-c", f'sh -c "{tell}; {grandchild}" & {tell}; {child}']
-    group.start("family", command, child_environment(), log=pids.with_name("log"))
+    scripts = {"CHILD": f"echo $$ >> {pids}; {child}", "GRANDCHILD": f"echo $$ >> {pids}; {grandchild}"}
+    command = ["sh", "-c", 'sh -c "$GRANDCHILD" & eval "$CHILD"']
+    started = group.start("family", command, child_environment(**scripts), log=pids.with_name("log"))
     assert wait_for(lambda: len(pids.read_text().split()) == 2)
-    return list(map(int, pids.read_text().split()))
+    ids = sorted(map(int, pids.read_text().split()), key=lambda pid: pid != started.pid)
+    assert ids[0] == started.pid
+    assert psutil.Process(ids[1]).ppid() == started.pid
+    return ids
 
 
 @pytest.mark.parametrize("child", [POLITE, STUBBORN])
@@ -88,8 +91,7 @@ def test_an_error_ends_them_too_and_goes_on_its_way(pids: Path, error: type[Base
     assert not any(map(is_alive, started))
 
 
-def test_sigterm_leaves_the_group_as_an_exit_and_the_handlers_are_put_back(pids: Path):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def test_sigterm_leaves_the_group_as_an_exit(pids: Path):
     started: list[int] = []
 
     def start_and_be_asked_to_end() -> None:
@@ -102,7 +104,19 @@ def test_sigterm_leaves_the_group_as_an_exit_and_the_handlers_are_put_back(pids:
     assert caught.value.code == 128 + signal.SIGTERM
     assert len(started) == 2
     assert not any(map(is_alive, started))
-    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_leaving_puts_the_signal_handlers_back(number: signal.Signals):
+    def ours(number: int, frame: object) -> None: ...
+
+    before = signal.signal(number, ours)
+    try:
+        with ProcessGroup():
+            pass
+        assert signal.getsignal(number) is ours
+    finally:
+        signal.signal(number, before)
 
 
 def test_children_that_have_ended_by_themselves_are_no_trouble():
