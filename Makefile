@@ -3,7 +3,7 @@
 EXPERIMENT ?= experiments/digits_cnn.toml
 NP         ?= 1
 SILOS      ?= 3
-RUNS       ?= runs/*/
+RUNS       ?= $(patsubst %/experiment.toml,%,$(wildcard runs/*/experiment.toml runs/*/*/experiment.toml))
 OUTPUT     ?= runs/report.html
 
 # The first that really runs and is 3.11 or 3.12 (a pyenv shim may exist and fail); else any, which then says what to do.

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dist_train.collectives import AgreedError, Communicator, agree, connect
-from shared.experiment import Experiment, Scalar, load_experiment
+from shared.command_line import add_experiment_arguments, experiment_from_arguments
+from shared.experiment import Experiment
+from shared.metrics import describe
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -16,12 +18,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Train an experiment in this process, or on the ranks of a cluster: "
         "horovodrun -np 4 python -m dist_train EXPERIMENT.toml",
     )
-    parser.add_argument("experiment", help="the experiment file, for example experiments/digits_cnn.toml")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key"
-    )
-    parser.add_argument("--run-dir", metavar="DIR", help="where the run record goes (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in that directory from its checkpoint")
+    add_experiment_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -36,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AgreedError as error:
         say(f"error: {error}")
         return 2
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error (rank {communicator.rank}): {error}", file=sys.stderr)
         return 2
     say(result)
@@ -45,17 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace, communicator: Communicator) -> str:
     def load() -> Experiment:
-        run: dict[str, Scalar] = {"resume": True} if options.resume else {}
-        run |= {"directory": options.run_dir} if options.run_dir else {}
-        return load_experiment(options.experiment, options.overrides, **run)
+        return experiment_from_arguments(options)
 
     set_threads(_wanted_threads(load), communicator)  # before anything computes, the agreement included
     experiment = agree(communicator, load)
     from dist_train.trainer import train  # TensorFlow: seconds to import, not for a typo
 
     result = train(experiment, communicator, verbose=1 if sys.stdout.isatty() else 2)
-    metrics = (f"{split} {name} {value:.4f}" for split, of in result["metrics"].items() for name, value in of.items())
-    return f"{experiment.name}: {', '.join(metrics)}\nrun record: {experiment.run_directory}"
+    return f"{experiment.name}: {describe(result['metrics'])}\nrun record: {experiment.run_directory}"
 
 
 def set_threads(threads_per_rank: int, communicator: Communicator) -> None:
@@ -71,7 +65,7 @@ def set_threads(threads_per_rank: int, communicator: Communicator) -> None:
 def _wanted_threads(load: Callable[[], Experiment]) -> int:
     try:
         return load().performance.threads_per_rank
-    except ValueError:  # told by the agreement that follows, on all ranks together
+    except (ValueError, OSError):  # told by the agreement that follows, on all ranks together
         return 0
 
 

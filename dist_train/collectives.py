@@ -159,7 +159,7 @@ class AgreedError(ValueError):
 
 
 def agree(communicator: Communicator, make: Callable[[], T]) -> T:
-    """Runs `make` on every rank; if it raises ValueError on any, raises the first of these as AgreedError on all.
+    """Runs `make` on every rank; if it raises ValueError or OSError on any, raises the first as AgreedError on all.
 
     So a mistake that only one rank can see (a missing file) ends the job everywhere, instead of leaving the others
     waiting in their next collective.
@@ -168,7 +168,7 @@ def agree(communicator: Communicator, make: Callable[[], T]) -> T:
     message = None
     try:
         value = make()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         message = str(error)
     messages = [m for m in communicator.all_gather_object(message) if m is not None]
     if messages:

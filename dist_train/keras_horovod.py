@@ -18,10 +18,12 @@ What `distribute` changes, on this model only (files saved from it name the plai
 * `fit` first checks that all ranks run the same number of steps, then gives every rank the root's variables; only the
   root shows progress.
 * Epoch metrics are those of the union of the ranks' examples: the metrics' states are summed, not the means averaged.
+  So `evaluate` is something that all ranks do together: never call it on the root alone.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -163,11 +165,18 @@ class _ReduceBeforeFiniteCheck:
 class _Synchronise(keras.callbacks.Callback):
     """At the start of `fit`: equal steps on all ranks, then the root's variables on all ranks."""
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Communicator, validates: bool) -> None:
         super().__init__()
         self.communicator = communicator
+        self.validates = validates
 
     def on_train_begin(self, logs: object = None) -> None:
+        validates = self.communicator.all_gather_object(self.validates)
+        if len(set(validates)) > 1:
+            raise AgreedError(
+                f"All ranks must validate or none, as metrics are summed over ranks; received {validates} by rank. "
+                "Give every rank its part of the validation data."
+            )
         steps = self.communicator.all_gather_object(self.params.get("steps"))
         if len(set(steps)) > 1 or steps[0] is None:
             raise AgreedError(
@@ -219,12 +228,18 @@ def _distribute_model(model: keras.Model, communicator: Communicator, reduction:
     plain_fit, plain_train_step = model.fit, model.train_step
     plain_compute_loss, plain_results = model.compute_loss, model._get_metrics_result_or_logs
 
-    def fit(*args: Any, callbacks: Any = None, verbose: Any = "auto", **kwargs: Any) -> Any:
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        if not hasattr(model.optimizer, "_archipelago"):
+            raise ValueError("The model was compiled anew since distribute(model). Call distribute after each compile.")
+        given = inspect.signature(plain_fit).bind(*args, **kwargs).arguments
+        callbacks = given.get("callbacks") or []
         if isinstance(callbacks, keras.callbacks.CallbackList):
             raise ValueError("A distributed model's fit takes a list of callbacks; received a CallbackList.")
-        given = [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks or [])
-        shown = communicator.on_root(verbose, 0)
-        return plain_fit(*args, callbacks=[_Synchronise(communicator), *given], verbose=shown, **kwargs)
+        callbacks = [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks)
+        validates = given.get("validation_data") is not None or bool(given.get("validation_split"))
+        given["callbacks"] = [_Synchronise(communicator, validates), *callbacks]
+        given["verbose"] = communicator.on_root(given.get("verbose", "auto"), 0)
+        return plain_fit(**given)
 
     def train_step(data: Any) -> Any:
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)

@@ -34,6 +34,8 @@ def train(experiment: Experiment, communicator: Communicator, verbose: int = 0) 
     writer: Record = RunRecord(experiment, runtime, step_name="epoch")
     record = communicator.on_root(writer, NullRecord(experiment.run_directory))
     agree(communicator, record.open)
+    if not experiment.run.resume:
+        communicator.on_root(_save_state, _skip)(record.directory / CHECKPOINT, job, Progress())
     progress = _restore(job, record) if experiment.run.resume else Progress()
     if not progress.stopped_early:
         _fit(job, record, progress, verbose)
@@ -101,6 +103,12 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
     """Everything that a user's mistake can break."""
     data = experiment.data
     splits = split(load_dataset(data), experiment.seed, data.test_fraction, data.validation_fraction)
+    watches = experiment.training.early_stopping_patience > 0 or experiment.training.restore_best
+    if watches and len(splits.validation) == 0:
+        raise ValueError(
+            f"training.early_stopping_patience and training.restore_best need validation examples; received "
+            f"{data.validation_fraction:g} of {len(splits.train)}, which is none. Raise data.validation_fraction."
+        )
     rank, world_size = communicator.rank, communicator.world_size
     batch_size = global_batch_size(experiment, world_size, len(splits.train))
     batches = EpochBatches(splits.train, batch_size, experiment.seed, rank=rank, world_size=world_size)
@@ -169,27 +177,45 @@ def _save_state(path: Path, job: _Job, progress: Progress) -> None:
         "model": [np.asarray(v) for v in job.model.variables],
         "optimizer": [np.asarray(v) for v in job.model.optimizer.variables],
     }
-    save_checkpoint(path, job.experiment, Checkpoint(arrays, meta=vars(progress)))
+    meta = {**vars(progress), "world_size": job.communicator.world_size}
+    save_checkpoint(path, job.experiment, Checkpoint(arrays, meta))
 
 
 def _restore(job: _Job, record: Record) -> Progress:
     """The root reads the checkpoint; every rank gets its variables and progress."""
     communicator = job.communicator
     path = record.directory / CHECKPOINT
-    checkpoint = agree(
-        communicator, communicator.on_root(lambda: load_checkpoint(path, job.experiment), lambda: Checkpoint({}, {}))
-    )
-    for name, variables in (("model", job.model.variables), ("optimizer", job.model.optimizer.variables)):
-        for variable, array in zip(variables, checkpoint.arrays.get(name, ()), strict=False):
-            variable.assign(array)
+    meta = agree(communicator, communicator.on_root(lambda: _read_state(path, job), dict))
     broadcast_variables(job.model, communicator)
-    progress = Progress(**communicator.broadcast_object(dict(checkpoint.meta)))
+    progress = Progress(**communicator.broadcast_object(meta))
     record.resume_at(progress.epoch)
     return progress
 
 
+def _read_state(path: Path, job: _Job) -> dict[str, Any]:
+    """Sets the variables of the model and its optimizer to the checkpoint's, and returns the progress in it."""
+    checkpoint = load_checkpoint(path, job.experiment, "model", "optimizer")
+    for name, variables in (("model", job.model.variables), ("optimizer", job.model.optimizer.variables)):
+        arrays = checkpoint.arrays[name]
+        if [array.shape for array in arrays] != [tuple(variable.shape) for variable in variables]:
+            raise ValueError(
+                f"The {name} in {path} has other variables than the one built now: {len(arrays)} against "
+                f"{len(variables)}, or other shapes. Resume with the code and the data that the run began with."
+            )
+        for variable, array in zip(variables, arrays, strict=True):
+            variable.assign(array)
+    meta = dict(checkpoint.meta)
+    began, now = meta.pop("world_size"), job.communicator.world_size
+    if job.experiment.training.per_rank_batch_size and began != now:
+        raise ValueError(
+            "With training.per_rank_batch_size the number of ranks is part of the experiment; the run began with "
+            f"{began}, received {now}. Resume with {began} ranks."
+        )
+    return meta
+
+
 def _finish(job: _Job, record: Record, progress: Progress) -> dict[str, Any]:
-    if job.experiment.training.restore_best:
+    if job.experiment.training.restore_best and progress.best_epoch:
         job.model.set_weights(_best_weights(job, record))
     metrics = {
         name: evaluate(job.model, job.my_part(dataset)) for name, dataset in vars(job.splits).items() if len(dataset)

@@ -1,6 +1,7 @@
 """The ClientApp: Flower's side of a silo. Unpack, do what `local_training` does, pack."""
 
 import sys
+import traceback
 from collections.abc import Callable
 
 from flwr.app import Context, Message, RecordDict
@@ -41,7 +42,9 @@ def _answer(message: Message, context: Context, work: Callable[[Silo, Experiment
     try:
         experiment = experiment_from_flat(context.run_config)
         content = work(load_silo(context.node_config, experiment), experiment)
-    except ValueError as error:
+    except Exception as error:  # Flower would send any exception's text to the server
+        if not isinstance(error, ValueError):
+            traceback.print_exc()
         name = str(context.node_config.get("silo", "without a name"))
         print(f"error: silo {name}: {error}", file=sys.stderr, flush=True)
         content = pack_refusal(name, "its data or settings cannot be used; its own log says why.")

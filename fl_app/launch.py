@@ -7,6 +7,7 @@ silo brings its own: --silo hospital-a=a.csv --silo hospital-b=b.csv.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import psutil
 import tomli_w
 
+from shared.command_line import add_experiment_arguments, experiment_from_arguments
 from shared.data import load_dataset, split_pool
 from shared.data.sources import save_npz
-from shared.experiment import Experiment, Scalar, experiment_from_flat, load_experiment
-from shared.processes import ProcessGroup, child_environment, free_ports, is_listening, wait_until_listening
+from shared.experiment import Experiment, experiment_from_flat
+from shared.processes import (
+    ProcessGroup,
+    child_environment,
+    exit_on_sigterm,
+    free_ports,
+    is_listening,
+    wait_until_listening,
+)
 from shared.run_record import RunRecord
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -47,13 +57,14 @@ class LaunchError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    scratch = Path(tempfile.mkdtemp(prefix="archipelago-"))
+    exit_on_sigterm()
+    scratch = make_scratch()
     try:
-        experiment = _load(options)
+        experiment = experiment_from_arguments(options)
         RunRecord(experiment, "flower", "round").check()
-        silos = _own_data(options.silo) or cut_data(experiment, options.silos, scratch)
+        silos = _own_data(options.silo, experiment) or cut_data(experiment, options.silos, scratch)
         federate(experiment, silos, scratch, port=options.port)
-    except (ValueError, LaunchError) as error:
+    except (ValueError, OSError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -80,6 +91,8 @@ def federate(experiment: Experiment, silos: dict[str, str], scratch: Path, port:
         PATH=os.pathsep.join([str(_mortal_commands(scratch / "bin")), str(BIN), os.environ.get("PATH", "")]),
     )
     run_config = write_run_config(experiment, silos, scratch)
+    result = experiment.run_directory / "result.json"
+    before = result.stat().st_mtime_ns if result.is_file() else None  # of the run that this one resumes
     with ProcessGroup() as group:
         _start(group, silos, ports, environment, scratch)
         command: Command = [BIN / "flwr", "run", PROJECT, "here", "--stream", "--run-config", run_config]
@@ -87,8 +100,17 @@ def federate(experiment: Experiment, silos: dict[str, str], scratch: Path, port:
         threading.Thread(target=_end_run_without_federation, args=(group,), daemon=True).start()
         told = _relay(run)
         run.wait()
-        if not (experiment.run_directory / "result.json").is_file():
+        if told or not result.is_file() or result.stat().st_mtime_ns == before:
             raise LaunchError(_why(group, told, scratch))
+
+
+def make_scratch() -> Path:
+    """A temporary folder for the silos' data and logs; also removes those that killed launchers left."""
+    for folder in Path(tempfile.gettempdir()).glob("archipelago-*-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"archipelago-{os.getpid()}-"))
 
 
 def cut_data(experiment: Experiment, num_silos: int, folder: Path) -> dict[str, str]:
@@ -126,12 +148,13 @@ def _start(
     superlink = group.start("superlink", command, environment, scratch / "superlink.log")
     if not wait_until_listening(superlink_port, superlink, START_TIMEOUT_S):
         raise LaunchError(f"The SuperLink did not start.\n{_tail(scratch / 'superlink.log')}")
+    (scratch / "silos").mkdir(exist_ok=True)
     for (silo, data), node_port in zip(silos.items(), node_ports, strict=True):
         node: Command = [BIN / "flower-supernode", "--insecure", "--superlink", address, "--port", str(node_port)]
-        node_config = scratch / f"{silo}.toml"  # a file: on the command line a path could not hold quotes
+        node_config = scratch / "silos" / f"{silo}.toml"  # a file: on the command line a path could not hold quotes
         node_config.write_text(tomli_w.dumps({"silo": silo, "data": data}), encoding="utf-8")
         node += ["--node-config", node_config]
-        group.start(silo, node, environment, scratch / f"{silo}.log")
+        group.start(f"silo {silo}", node, environment, scratch / "silos" / f"{silo}.log")
 
 
 def _mortal_commands(folder: Path) -> Path:
@@ -168,12 +191,12 @@ def _why(group: ProcessGroup, server_told: Sequence[str], scratch: Path) -> str:
     """Why a run did not finish: what the server and the silos' logs call errors, else the ends of the logs."""
     ended = [f"  {name} ended by itself" for name in group.dead() if name != RUN]
     told = [f"  {line}" for line in server_told] + ended
-    for log in sorted(scratch.glob("*.log")):
+    for log in sorted(scratch.rglob("*.log")):
         lines = log.read_text(errors="replace").splitlines()
         told += [f"  {log.stem}: {line}" for line in lines if line.startswith("error:")]
     if told and not ended:
         return "The run did not finish:\n" + "\n".join(dict.fromkeys(told))
-    return "\n".join(["The run did not finish.", *told, *(_tail(log) for log in sorted(scratch.glob("*.log")))])
+    return "\n".join(["The run did not finish.", *told, *(_tail(log) for log in sorted(scratch.rglob("*.log")))])
 
 
 def _tail(log: Path, num_lines: int = 15) -> str:
@@ -181,34 +204,30 @@ def _tail(log: Path, num_lines: int = 15) -> str:
     return "\n".join([f"--- {log.name}", *lines])
 
 
-def _own_data(assignments: Sequence[str]) -> dict[str, str]:
+def _own_data(assignments: Sequence[str], experiment: Experiment) -> dict[str, str]:
     silos: dict[str, str] = {}
     for assignment in assignments:
         name, equals, data = assignment.partition("=")
         if not (name and equals and data):
             raise ValueError(f"--silo takes NAME=DATA; received {assignment!r}. Example: --silo hospital-a=a.csv")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"A silo's name is made of letters, digits, '.', '_' and '-'; received {name!r}.")
         if name in silos:
             raise ValueError(f"Every silo needs a name of its own; received {name!r} twice.")
         silos[name] = str(Path(data).resolve()) if Path(data).exists() else data
+    if experiment.federation.evaluate_on_server and str(Path(experiment.data.name).resolve()) in silos.values():
+        raise ValueError(
+            f"The server would test on examples that a silo trains on; received data.name = {experiment.data.name!r}, "
+            "a silo's own. Name other data to test on, or set federation.evaluate_on_server = false."
+        )
     return silos
-
-
-def _load(options: argparse.Namespace) -> Experiment:
-    run: dict[str, Scalar] = {"resume": True} if options.resume else {}
-    run |= {"directory": options.run_dir} if options.run_dir else {}
-    return load_experiment(options.experiment, options.overrides, **run)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fl_app.launch", description=__doc__.partition("\n\n")[2])
-    parser.add_argument("experiment", help="the experiment file, for example experiments/digits_cnn.toml")
+    add_experiment_arguments(parser)
     parser.add_argument("--silos", type=int, default=3, metavar="N", help="how many silos share the data (default: 3)")
     parser.add_argument("--silo", action="append", default=[], metavar="NAME=DATA", help="a silo with data of its own")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key"
-    )
-    parser.add_argument("--run-dir", metavar="DIR", help="where the run record goes (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in that directory from its checkpoint")
     parser.add_argument("--port", type=int, default=0, help="the SuperLink's port (default: a free one)")
     return parser.parse_args(arguments)
 

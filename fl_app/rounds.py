@@ -1,7 +1,7 @@
 """The round loop of the server: roll call, rounds, checkpoints, resume. Flower is behind the `Exchange`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import keras
@@ -12,7 +12,7 @@ from fl_app.local_training import LocalResult, SiloEntry
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.data import Dataset, Schema, load_dataset, split_pool
 from shared.experiment import Experiment
-from shared.metrics import merge_means
+from shared.metrics import describe, merge_means
 from shared.run_record import CHECKPOINT, RunRecord
 from shared.seeding import rng_for
 from shared.training import compile_model, evaluate
@@ -43,7 +43,8 @@ class ServerState:
 
     weights: Weights
     round: int = 0  # rounds done
-    bytes_sent: int = field(default=0)  # weights and updates over all links, in both directions
+    bytes_sent: int = 0  # weights and updates over all links, in both directions
+    silos: tuple[str, ...] = ()  # who takes part, from the first round to the last
 
 
 def run_federation(experiment: Experiment, exchange: Exchange, record: RunRecord) -> dict[str, Any]:
@@ -56,14 +57,17 @@ def run_federation(experiment: Experiment, exchange: Exchange, record: RunRecord
     resumed = _restore(experiment, record) if experiment.run.resume else None
     test = _server_test_split(experiment)
     silos = exchange.roll_call(experiment.federation.min_silos)
+    if resumed:
+        _check_same_silos(resumed.silos, silos)
     schema = common_schema([*silos.values()], test)
     model = compile_model(build_model(experiment.model, schema, experiment.seed), experiment, schema)
-    state = resumed or ServerState(model.get_weights())
+    state = resumed or ServerState(model.get_weights(), silos=tuple(sorted(silos)))
     record.open()
     if resumed:
         record.resume_at(state.round)
     else:
         record.append({"round": 0, **_test_metrics(model, state, test), "bytes_sent": 0})
+        _save(experiment, record, state)
     for round_number in range(state.round + 1, experiment.federation.num_rounds + 1):
         cohort = draw_cohort(experiment, list(silos), round_number)
         results = exchange.train(cohort, round_number, schema, state.weights)
@@ -90,7 +94,12 @@ def next_state(state: ServerState, results: Mapping[str, LocalResult]) -> Server
     """One step of the federation: global weights + the weighted mean of the updates."""
     mean = weighted_mean({silo: Contribution(r.update, r.num_examples) for silo, r in results.items()})
     down, up = num_bytes(state.weights) * len(results), sum(num_bytes(r.update) for r in results.values())
-    return ServerState(add(state.weights, mean), state.round + 1, state.bytes_sent + down + up)
+    return replace(
+        state,
+        weights=add(state.weights, mean),
+        round=state.round + 1,
+        bytes_sent=state.bytes_sent + down + up,
+    )
 
 
 def common_schema(silos: list[SiloEntry], test: Dataset | None) -> Schema:
@@ -110,10 +119,6 @@ def common_schema(silos: list[SiloEntry], test: Dataset | None) -> Schema:
         )
     ((input_shape, _),) = kinds
     return Schema(input_shape, max(s.num_classes for s in schemas.values()))
-
-
-def describe(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    return ", ".join(f"{split} {name} {value:.4f}" for split, of in metrics.items() for name, value in of.items())
 
 
 def _server_test_split(experiment: Experiment) -> Dataset | None:
@@ -142,14 +147,24 @@ def _append_validation(record: RunRecord, round_number: int, results: Mapping[st
 
 
 def _save(experiment: Experiment, record: RunRecord, state: ServerState) -> None:
-    meta = {"round": state.round, "bytes_sent": state.bytes_sent}
+    meta = {"round": state.round, "bytes_sent": state.bytes_sent, "silos": state.silos}
     save_checkpoint(record.directory / CHECKPOINT, experiment, Checkpoint({"weights": state.weights}, meta))
 
 
 def _restore(experiment: Experiment, record: RunRecord) -> ServerState:
-    checkpoint = load_checkpoint(record.directory / CHECKPOINT, experiment)
+    checkpoint = load_checkpoint(record.directory / CHECKPOINT, experiment, "weights")
     weights = [np.asarray(array) for array in checkpoint.arrays["weights"]]
-    return ServerState(weights, **checkpoint.meta)
+    meta = {**checkpoint.meta, "silos": tuple(checkpoint.meta["silos"])}
+    return ServerState(weights, **meta)
+
+
+def _check_same_silos(before: tuple[str, ...], now: Mapping[str, SiloEntry]) -> None:
+    if set(before) != set(now):
+        missing, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+        raise FederationError(
+            f"A run is resumed by the silos that began it; missing: {missing}, new: {new}. Set "
+            f"federation.min_silos = {len(before)} to wait for all, and stop the new ones."
+        )
 
 
 def _finish(

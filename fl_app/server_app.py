@@ -6,8 +6,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fl_app.exchange import FlowerExchange
-from fl_app.rounds import FederationError, describe, run_federation
+from fl_app.rounds import FederationError, run_federation
 from shared.experiment import experiment_from_flat
+from shared.metrics import describe
 from shared.run_record import RunRecord
 
 app = ServerApp()
@@ -20,7 +21,7 @@ def main(grid: Grid, context: Context) -> None:
         record = RunRecord(experiment, "flower", step_name="round")
         exchange = FlowerExchange(grid, experiment.federation.silo_timeout_s)
         result = run_federation(experiment, exchange, record)
-    except (ValueError, FederationError) as error:
+    except (ValueError, OSError, FederationError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise
     print(f"{experiment.name}: {describe(result['metrics'])}", flush=True)

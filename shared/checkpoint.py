@@ -32,8 +32,11 @@ def save_checkpoint(path: Path, experiment: Experiment, checkpoint: Checkpoint) 
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, experiment: Experiment) -> Checkpoint:
-    """Reads a checkpoint. Raises ValueError if there is none, or if it belongs to another experiment."""
+def load_checkpoint(path: Path, experiment: Experiment, *names: str) -> Checkpoint:
+    """Reads a checkpoint that holds the named groups of arrays (none named: any).
+
+    Raises ValueError if there is none, or if it belongs to another experiment or runtime.
+    """
     if not path.is_file():
         raise ValueError(f"Nothing to resume: there is no checkpoint at {path}. Run without resume, or name its run.")
     try:
@@ -48,6 +51,11 @@ def load_checkpoint(path: Path, experiment: Experiment) -> Checkpoint:
     arrays: dict[str, list[np.ndarray]] = {}
     for key in sorted(members, key=lambda key: (key.partition("/")[0], int(key.partition("/")[2]))):
         arrays.setdefault(key.partition("/")[0], []).append(members[key])
+    if names and set(arrays) != set(names):
+        raise ValueError(
+            f"The checkpoint {path} was written by another runtime: it holds {sorted(arrays)}, and {sorted(names)} are "
+            "needed. Resume it with the command that began it, or choose another run directory."
+        )
     return Checkpoint(arrays, header["meta"])
 
 

@@ -29,6 +29,15 @@ class WeightedMean:
         return self.total / self.weight if self.weight else math.nan
 
 
+def describe(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics by split as one line.
+
+    >>> describe({"test": {"loss": 0.5, "accuracy": 0.9}})
+    'test loss 0.5000, test accuracy 0.9000'
+    """
+    return ", ".join(f"{split} {name} {value:.4f}" for split, of in metrics.items() for name, value in of.items())
+
+
 def merge_means(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
     """The mean of each metric over parts of (values, num_examples), weighted by examples.
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import psutil
 
@@ -29,7 +29,7 @@ class ProcessGroup:
         self.logs: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
-        self._previous_handler = signal.signal(signal.SIGTERM, _raise_exit)
+        self._previous_handler = exit_on_sigterm()
         return self
 
     def __exit__(
@@ -101,6 +101,11 @@ def _end_with_parent() -> None:
 
 
 _LIBC = ctypes.CDLL(None)  # this process's own libc; looked up here, as little as possible may happen after a fork
+
+
+def exit_on_sigterm() -> Any:
+    """From now on SIGTERM ends this process as an exception does, through every `finally`. Returns the old handler."""
+    return signal.signal(signal.SIGTERM, _raise_exit)
 
 
 def _raise_exit(number: int, frame: FrameType | None) -> None:

@@ -183,7 +183,8 @@ def _final_values(runs: Sequence[Run], split: str, metric: str) -> list[Cell]:
     """Values that read the same are equally good; nothing is the best of one, or over different data."""
     values = [run.finals(split).get(metric) for run in runs]
     known = [value for value in values if value is not None and math.isfinite(value)]
-    one_data_set = len({run.settings["data.name"] for run in runs if metric in run.finals(split)}) == 1
+    tested = [run.settings for run in runs if metric in run.finals(split)]
+    one_data_set = len({tuple(v for k, v in s.items() if k == "seed" or k.startswith("data.")) for s in tested}) == 1
     compared = split == "test" and metric in BEST and len(known) > 1 and one_data_set
     best = _number(BEST[metric](known)) if compared else ""
     return [(text, text == best) for text in map(_number, values)]

@@ -4,6 +4,7 @@ One process, a rank of a cluster and a silo of a federation run this same code; 
 examples and what happens to the gradient or to the weights afterwards.
 """
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -32,18 +33,23 @@ def make_optimizer(config: OptimizerSection, learning_rate: LearningRate) -> ker
 
 
 def make_loss(name: str, schema: Schema) -> keras.losses.Loss:
-    """auto: cross-entropy on logits for classes, mean squared error for numbers; otherwise a Keras loss by name."""
+    """auto: cross-entropy for classes, mean squared error for numbers; otherwise a Keras loss by name.
+
+    Models output logits, so every loss that can be told so is.
+    """
     if name == "auto":
         if schema.task == "classification":
             return keras.losses.SparseCategoricalCrossentropy(from_logits=True, name="loss")
         return keras.losses.MeanSquaredError(name="loss")
-    classes = {n: c for n, c in vars(keras.losses).items() if isinstance(c, type) and issubclass(c, keras.losses.Loss)}
+    base = keras.losses.Loss
+    classes = {n: c for n, c in vars(keras.losses).items() if isinstance(c, type) and issubclass(c, base) and c != base}
     if name not in classes:
         raise ValueError(
             f"training.loss must be 'auto' or a class of keras.losses; received {name!r}. "
             f"Nearest: {', '.join(nearest_names(name, classes)[:3])}."
         )
-    return classes[name]()
+    wants_logits = "from_logits" in inspect.signature(classes[name]).parameters
+    return classes[name](from_logits=True) if wants_logits else classes[name]()
 
 
 def compile_model(

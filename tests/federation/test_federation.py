@@ -252,6 +252,8 @@ def test_a_superlink_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
         (["--silos", "0"], "number of silos must lie in"),
         (["--set", "partition.kind=size"], "needs partition.sizes"),
         (["--silo", "hospital"], "--silo takes NAME=DATA"),
+        (["--silo", "a/b=wine"], "made of letters"),
+        (["--silo", "a=LICENSE", "--set", "data.name=LICENSE"], "test on examples that a silo trains on"),
         (["--port", "PORT"], "is in use"),
     ],
 )

@@ -215,6 +215,12 @@ def run_refusals(communicator: Communicator) -> dict[str, str]:
         model.fit(data.x, data.y, batch_size=24, verbose=0)
     except AgreedError as error:
         refusals["unequal steps"] = str(error)
+    own_part = make_data(24)
+    try:
+        validation = (own_part.x, own_part.y) if communicator.is_root else None
+        model.fit(own_part.x, own_part.y, batch_size=24, validation_data=validation, verbose=0)
+    except AgreedError as error:
+        refusals["validation on the root only"] = str(error)
     refusals["weights moved"] = str(max_difference(before, model.get_weights()))
     newer_keras = mlp()
     newer_keras.compile(optimizers.SGD(0.1), cross_entropy(), jit_compile=False)

@@ -101,6 +101,7 @@ def test_unequal_step_counts_are_refused_before_training(job, world_size: int) -
     refusals = json.loads((job(world_size) / "facts.json").read_text())["refusals"]
     steps = list(range(1, world_size + 1))
     assert f"received {steps} by rank" in refusals["unequal steps"]
+    assert "All ranks must validate or none" in refusals["validation on the root only"]
     assert refusals["weights moved"] == "0.0"
 
 

@@ -32,6 +32,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint.npz"
 
 
+def test_the_checkpoint_of_another_runtime_is_refused(path: Path):
+    save_checkpoint(path, EXPERIMENT, checkpoint())
+    load_checkpoint(path, EXPERIMENT, "model", "optimizer")
+    with pytest.raises(ValueError, match=r"another runtime: it holds \['model', 'optimizer'\].*Resume it with"):
+        load_checkpoint(path, EXPERIMENT, "weights")
+
+
 def test_arrays_and_metadata_come_back_bit_by_bit(path: Path):
     save_checkpoint(path, EXPERIMENT, checkpoint())
     loaded = load_checkpoint(path, EXPERIMENT)

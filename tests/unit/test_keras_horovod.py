@@ -3,6 +3,7 @@
 import os
 
 import keras
+import numpy as np
 import pytest
 
 import dist_train.keras_horovod as hvk
@@ -43,6 +44,18 @@ def test_one_rank_changes_nothing() -> None:
     assert type(model.optimizer) is keras.optimizers.Adam
     assert "fit" not in vars(model)
     assert hvk.bytes_sent(model) == 0
+
+
+def test_a_model_compiled_anew_is_refused_until_it_is_distributed_again() -> None:
+    """Its new optimizer would keep the gradients local without a word."""
+    model = compiled()
+    hvk.distribute(model, TwoRanks())
+    model.compile(keras.optimizers.SGD(), "mse", jit_compile=False)
+    x = np.ones((4, 2), np.float32)
+    with pytest.raises(ValueError, match="distribute after each compile"):
+        model.fit(x, x[:, :1], verbose=0)
+    hvk.distribute(model, TwoRanks())
+    model.fit(x, x[:, :1], 4, 1, 0)  # positional arguments as in Keras: batch_size, epochs, verbose
 
 
 @pytest.mark.parametrize("lacking", ["_clip_gradients", "scale_loss"])

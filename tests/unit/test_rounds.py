@@ -301,7 +301,7 @@ def test_an_existing_run_is_refused_before_any_silo_is_called(tmp_path: Path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("failing_round", [2, 3])
+@pytest.mark.parametrize("failing_round", [1, 2, 3])
 def test_a_federation_that_fails_in_a_round_can_be_resumed_from_the_round_before(tmp_path: Path, failing_round: int):
     undisturbed = configure(tmp_path / "undisturbed")
     run(undisturbed, Arithmetic())
@@ -325,6 +325,13 @@ def test_a_silo_whose_training_diverged_ends_the_round_with_its_name_and_the_che
     with pytest.raises(ValueError, match="Silo 'silo-1' sent an update that is not finite"):
         run(experiment, Diverges())
     assert load_checkpoint(tmp_path / "run" / "checkpoint.npz", experiment).meta["round"] == 1
+
+
+def test_a_run_is_resumed_by_the_silos_that_began_it(tmp_path: Path):
+    run(configure(tmp_path, {"federation.num_rounds": 1}), Arithmetic(num_silos=3))
+    longer = configure(tmp_path, {"federation.num_rounds": 2}, resume=True)
+    with pytest.raises(FederationError, match=r"missing: \['silo-2'\], new: \[\].*min_silos = 3"):
+        run(longer, Arithmetic(num_silos=2))
 
 
 # --- cohorts

@@ -238,6 +238,9 @@ def test_the_automatic_loss_suits_the_task():
 
 
 def test_a_loss_can_be_named():
+    logits = np.float32([[1.0, 2.0, 4.0]])
+    by_name = make_loss("SparseCategoricalCrossentropy", Schema((4,), 3))  # told that models output logits
+    assert float(by_name(np.array([0]), logits)) == float(make_loss("auto", Schema((4,), 3))(np.array([0]), logits))
     loss = make_loss("MeanAbsoluteError", Schema((4,), 0))
     assert float(loss(np.float32([[1.0]]), np.float32([[4.0]]))) == 3.0
 
