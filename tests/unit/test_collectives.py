@@ -26,9 +26,9 @@ class SecondOfTwo(LocalCommunicator):
         return [self.root_says, value]
 
 
-def refuse(message: str) -> Callable[[], None]:
+def fail_with(error: BaseException) -> Callable[[], None]:
     def make() -> None:
-        raise ValueError(message)
+        raise error
 
     return make
 
@@ -60,9 +60,10 @@ def test_agreeing_ranks_get_what_they_made():
     assert agree(SecondOfTwo(None), lambda: None) is None
 
 
-def test_a_value_error_is_raised_again_as_agreed_with_its_text():
+@pytest.mark.parametrize("error", [ValueError, PermissionError])
+def test_what_the_user_can_mend_is_raised_again_as_agreed_with_its_text(error: type[Exception]):
     with pytest.raises(AgreedError, match=r"^set seed$"):
-        agree(ALONE, refuse("set seed"))
+        agree(ALONE, fail_with(error("set seed")))
 
 
 def test_a_mistake_that_another_rank_sees_is_raised_here_too():
@@ -72,16 +73,13 @@ def test_a_mistake_that_another_rank_sees_is_raised_here_too():
 
 def test_of_several_mistakes_the_first_rank_tells():
     with pytest.raises(AgreedError, match=r"^of rank 0$"):
-        agree(SecondOfTwo("of rank 0"), refuse("of rank 1"))
+        agree(SecondOfTwo("of rank 0"), fail_with(ValueError("of rank 1")))
 
 
 @pytest.mark.parametrize("error", [KeyError, RuntimeError, KeyboardInterrupt])
 def test_other_exceptions_are_no_mistakes_of_the_user_and_pass_through(error: type[BaseException]):
-    def fail() -> None:
-        raise error("ours")
-
     with pytest.raises(error, match="ours"):
-        agree(ALONE, fail)
+        agree(ALONE, fail_with(error("ours")))
 
 
 # --- connecting

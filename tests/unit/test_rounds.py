@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fl_app import rounds
 from fl_app.aggregation import Contribution, weighted_mean
 from fl_app.local_training import (
     LocalResult,
@@ -311,6 +312,27 @@ def test_a_federation_that_fails_in_a_round_can_be_resumed_from_the_round_before
     run(resumed, Arithmetic())
     assert weights_sha256(final_weights(resumed)) == weights_sha256(final_weights(undisturbed))
     assert rows_without_times(resumed) == rows_without_times(undisturbed)
+
+
+def test_a_run_whose_server_crashed_before_its_checkpoint_forgets_the_rows_of_that_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run(configure(tmp_path, {"federation.num_rounds": 1}), Arithmetic())
+    monkeypatch.setattr(rounds, "_save", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(configure(tmp_path, resume=True), Arithmetic())
+    monkeypatch.undo()
+    assert [row["round"] for row in rows_without_times(configure(tmp_path))] == [0, 1, 2]
+    resumed = configure(tmp_path, resume=True)
+    run(resumed, Arithmetic())
+    undisturbed = configure(tmp_path / "undisturbed")
+    run(undisturbed, Arithmetic())
+    assert rows_without_times(resumed) == rows_without_times(undisturbed)
+    lines = (resumed.run_directory / "metrics.jsonl").read_text().splitlines()
+    assert sum("cohort" in line for line in lines) == 3  # one for each round
 
 
 def test_a_silo_whose_training_diverged_ends_the_round_with_its_name_and_the_checkpoint_stays(tmp_path: Path):

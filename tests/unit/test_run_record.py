@@ -146,6 +146,12 @@ def test_the_seconds_of_a_resumed_run_count_on_from_the_step_it_resumes(tmp_path
     assert 1000.0 <= read_metrics(tmp_path / "run")[-1]["seconds"] < 1060.0
 
 
+def test_a_run_that_goes_on_has_no_result_until_it_is_finished_again(tmp_path: Path, model: keras.Model):
+    opened(tmp_path).finish(model, {})
+    opened(tmp_path, resume=True).resume_at(0)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
 def test_a_resumed_run_records_the_experiment_as_it_is_now(tmp_path: Path):
     opened(tmp_path)
     longer = experiment_from_flat(experiment_in(tmp_path, resume=True).to_flat() | {"training.epochs": 99})

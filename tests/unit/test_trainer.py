@@ -107,6 +107,7 @@ def test_a_run_that_crashes_in_an_epoch_and_is_resumed_ends_as_the_undisturbed_o
     monkeypatch.undo()
     resumed = train(experiment(tmp_path, SMALL, resume=True), ALONE)
     assert resumed["epochs"] == EPOCHS
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == EPOCHS  # the last epoch's first row is gone
     assert result_of(tmp_path)["weights_sha256"] == result_of(undisturbed)["weights_sha256"]
     assert without_times(tmp_path) == without_times(undisturbed)
 
@@ -165,6 +166,12 @@ def test_without_validation_examples_there_is_no_best_epoch(tmp_path: Path):
     assert (result["best_epoch"], set(result["metrics"])) == (0, {"train"})
     assert not (tmp_path / "best.keras").exists()
     assert "validation" not in read_metrics(tmp_path)[0]
+
+
+def test_watching_too_few_examples_to_hold_any_out_is_refused(tmp_path: Path):
+    flat = DIVERGING | {"data.validation_fraction": 0.001}  # of 142 examples: none
+    with pytest.raises(ValueError, match=r"need validation examples; .* Raise data\.validation_fraction"):
+        train(experiment(tmp_path / "none", flat), ALONE)
 
 
 # --- what is refused, before a step is taken
