@@ -245,7 +245,7 @@ def test_a_loss_can_be_named():
     assert float(loss(np.float32([[1.0]]), np.float32([[4.0]]))) == 3.0
 
 
-@pytest.mark.parametrize("name", ["MeanSquareError", "get", "mean_squared_error", ""])
+@pytest.mark.parametrize("name", ["MeanSquareError", "Loss", "get", "mean_squared_error", ""])
 def test_what_is_no_loss_of_keras_is_refused_with_the_nearest(name: str):
     with pytest.raises(ValueError, match=r"training\.loss must be 'auto' or a class of keras\.losses") as caught:
         make_loss(name, Schema((4,), 0))
