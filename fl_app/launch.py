@@ -44,7 +44,7 @@ SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_LOG_LEVEL": "WARNING",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # s; the default of 1 is waited out twice a round
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # s; Flower's default is 1
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 # Flower finds these through PATH; its own watch over parents does not reach a process that is busy in C.
