@@ -177,9 +177,14 @@ def effects_of_importing_all(project: Path, folder: Path) -> tuple[dict, str]:
     return json.loads(text), child.stdout
 
 
+def without_native_notices(printed: str) -> list[str]:
+    """The lines that are not TensorFlow's own about the CPU, which on some CPUs no setting silences."""
+    return [line for line in printed.splitlines() if not re.match(r"[IW]\d{4} |WARNING: All log|To enable the", line)]
+
+
 def test_importing_any_of_our_modules_does_nothing_to_the_process(project: Path, tmp_path: Path):
     found, printed = effects_of_importing_all(project, tmp_path)
-    assert printed == ""
+    assert without_native_notices(printed) == []
     assert found["shared"] == {}
     assert found["runtimes"] == {}
     assert found["loaded by shared"] == []  # its tests run without Horovod or Flower
