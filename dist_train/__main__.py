@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dist_train.collectives import AgreedError, Communicator, agree, connect
+from dist_train.collectives import AgreedError, Communicator, agree, connect, place_on_host
+from dist_train.resources import prepare_process, use_own_gpu
 from shared.command_line import add_experiment_arguments, experiment_from_arguments
-from shared.experiment import Experiment
+from shared.experiment import Experiment, PerformanceSection
 from shared.metrics import describe
 
 
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.path.insert(0, str(Path.cwd()))  # the user's own models, whichever way Python was started
+    wanted = _wanted(lambda: experiment_from_arguments(options))
+    local_rank, local_size = place_on_host()
+    prepare_process(local_rank, local_size, wanted.threads_per_rank, wanted.pin_ranks)
     communicator = connect()
     say = communicator.on_root(_tell, _silent)
     try:
@@ -41,32 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, communicator: Communicator) -> str:
-    def load() -> Experiment:
-        return experiment_from_arguments(options)
-
-    set_threads(_wanted_threads(load), communicator)  # before anything computes, the agreement included
-    experiment = agree(communicator, load)
+    experiment = agree(communicator, lambda: experiment_from_arguments(options))
     from dist_train.trainer import train  # TensorFlow: seconds to import, not for a typo
 
+    agree(communicator, lambda: use_own_gpu(communicator.local_rank, communicator.local_size))
     result = train(experiment, communicator, verbose=1 if sys.stdout.isatty() else 2)
     return f"{experiment.name}: {describe(result['metrics'])}\nrun record: {experiment.run_directory}"
 
 
-def set_threads(threads_per_rank: int, communicator: Communicator) -> None:
-    """Gives each rank so many threads (0: its share of the cores); ranks that use all cores hinder each other.
-
-    By the variables that TensorFlow reads when it first computes; what the user has set himself stays.
-    """
-    threads = threads_per_rank or max(1, len(os.sched_getaffinity(0)) // communicator.local_size)
-    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
-    os.environ.setdefault("TF_NUM_INTEROP_THREADS", str(max(2, threads)))  # one computes while one communicates
-
-
-def _wanted_threads(load: Callable[[], Experiment]) -> int:
+def _wanted(load: Callable[[], Experiment]) -> PerformanceSection:
     try:
-        return load().performance.threads_per_rank
+        return load().performance
     except (ValueError, OSError):  # told by the agreement that follows, on all ranks together
-        return 0
+        return PerformanceSection()
 
 
 def _tell(text: str) -> None:

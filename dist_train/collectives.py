@@ -7,7 +7,7 @@ object `LocalCommunicator`, so that the code that uses it has one path for 1 to 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,8 +19,15 @@ T = TypeVar("T")
 
 # Set by horovodrun, and by mpirun for programs started without horovodrun.
 LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-# Horovod looks for new tensors every CYCLE_TIME ms; its default of 1 wastes half a millisecond of each step.
-PERFORMANCE_DEFAULTS = {"HOROVOD_CYCLE_TIME": "0.5"}
+PLACE_VARIABLES = (  # this rank's number among those of its host, and how many those are
+    ("HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+PERFORMANCE_DEFAULTS = {
+    "HOROVOD_CYCLE_TIME": "0.5",  # ms between two looks for new tensors; Horovod's 1 wastes half of one in each step
+    "OMPI_MCA_mpi_yield_when_idle": "1",  # a rank that waits must leave its core to its own computing threads
+}
 
 
 class Communicator(Protocol):
@@ -49,11 +56,14 @@ class Communicator(Protocol):
     def broadcast_arrays(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The root's arrays; shapes and dtypes must agree over ranks."""
 
-    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        """The sum over ranks."""
+    def all_reduce_sum(self, tensors: Sequence[tf.Tensor], name: str, scale: float = 1.0) -> list[tf.Tensor]:
+        """`scale` times the sums over ranks, fused into one collective."""
 
-    def all_reduce_mean(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
-        """The means over ranks, fused into one collective."""
+    def all_reduce_adasum(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """The ranks' tensors combined pairwise by Adasum (Maleki et al. 2020, arXiv:2006.02924)."""
+
+    def why_no_adasum(self) -> str:
+        """Why `all_reduce_adasum` cannot work here, and the remedy; empty if it can."""
 
     def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         """The ranks' tensors, concatenated along the first axis, which may differ in length."""
@@ -80,11 +90,14 @@ class LocalCommunicator:
     def broadcast_arrays(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         return list(arrays)
 
-    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        return tensor
+    def all_reduce_sum(self, tensors: Sequence[tf.Tensor], name: str, scale: float = 1.0) -> list[tf.Tensor]:
+        return list(tensors) if scale == 1.0 else [tensor * scale for tensor in tensors]
 
-    def all_reduce_mean(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def all_reduce_adasum(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         return list(tensors)
+
+    def why_no_adasum(self) -> str:
+        return ""
 
     def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         return tensor
@@ -137,14 +150,37 @@ class HorovodCommunicator:
             start += array.nbytes
         return result
 
-    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        return self._hvd.allreduce(tensor, op=self._hvd.Sum, name=name)
+    def all_reduce_sum(self, tensors: Sequence[tf.Tensor], name: str, scale: float = 1.0) -> list[tf.Tensor]:
+        hvd = self._hvd
+        return list(hvd.grouped_allreduce(list(tensors), op=hvd.Sum, postscale_factor=scale, name=name))
 
-    def all_reduce_mean(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
-        return list(self._hvd.grouped_allreduce(list(tensors), op=self._hvd.Average, name=name))
+    def all_reduce_adasum(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        hvd = self._hvd
+        return [hvd.allreduce(tensor, op=hvd.Adasum, name=f"{name}.{i}") for i, tensor in enumerate(tensors)]
+
+    def why_no_adasum(self) -> str:
+        if not (self._hvd.mpi_enabled() or self._hvd.nccl_built()):
+            return (
+                "Adasum needs ranks that talk over MPI; received a job over Gloo. Set Horovod up with MPI (make setup "
+                "MPI=1) and start with horovodrun --mpi, or use op='average'."
+            )
+        if self.world_size & (self.world_size - 1):
+            return (
+                f"Adasum combines ranks pairwise, so their number must be a power of two; received {self.world_size}. "
+                "Start 2, 4, 8 ... ranks, or use op='average'."
+            )
+        return ""
 
     def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         return self._hvd.allgather(tensor, name=name)
+
+
+def place_on_host(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(local_rank, local_size) as the launcher tells them, before anything is joined; (0, 1) without a launcher."""
+    for rank, size in PLACE_VARIABLES:
+        if rank in environment and size in environment:
+            return int(environment[rank]), int(environment[size])
+    return 0, 1
 
 
 def connect() -> Communicator:

@@ -9,22 +9,27 @@
 
 What `distribute` changes, on this model only (files saved from it name the plain Keras classes):
 
-* The optimizer's class becomes a subclass of itself that averages the gradients over ranks after unscaling and
+* The optimizer's class becomes a subclass of itself that reduces the gradients over ranks after unscaling and
   accumulation, before clipping and weight decay. Horovod's own wrapper overrides methods that Keras 3 never calls, so
   that gradients silently stay local (horovod issue 4290).
-* The loss is multiplied by D_r N / sum_r D_r before the gradient is taken, where D_r is the denominator of rank r's
-  mean: its number of examples, or their weights or unmasked entries where Keras divides by those. The average over
-  ranks is then the gradient of the mean over the whole global batch, also where the ranks' parts differ in size.
+* Each term of the loss gets the gradient of its part of the mean over the whole global batch (gradients.py), also
+  where the ranks' parts differ in size, in weights or in masked entries.
 * `fit` first checks that all ranks run the same number of steps, then gives every rank the root's variables; only the
   root shows progress.
 * Epoch metrics are those of the union of the ranks' examples: the metrics' states are summed, not the means averaged.
   So `evaluate` is something that all ranks do together: never call it on the root alone.
+* BatchNormalization normalises with its rank's statistics, whose moving averages are averaged over ranks at the end of
+  each epoch; with sync_batch_norm=True it uses those of the global batch.
+
+For a loop of one's own: DistributedGradientTape and broadcast_variables.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,108 +39,127 @@ import tensorflow as tf
 from keras.src import api_export
 from keras.src.saving import object_registration
 
-from dist_train.collectives import AgreedError, Communicator, connect
+from dist_train.callbacks import AverageLogs, LearningRateSchedule, LearningRateWarmup, Synchronise
+from dist_train.collectives import Communicator, connect, place_on_host
+from dist_train.gradients import Aggregation, GradientReduction, use_rank_losses
+from dist_train.resources import prepare_process, use_own_gpu
+
+__all__ = [
+    "Aggregation",
+    "AverageLogs",
+    "DistributedGradientTape",
+    "LearningRateSchedule",
+    "LearningRateWarmup",
+    "broadcast_variables",
+    "bytes_sent",
+    "distribute",
+    "init",
+]
 
 # Methods of Keras that the adapter hooks. A Keras without one of them would leave gradients local: refuse it.
-OPTIMIZER_HOOKS = ("apply", "scale_loss", "_clip_gradients")
+OPTIMIZER_HOOKS = ("apply", "scale_loss", "_clip_gradients", "_backend_update_step")
 MODEL_HOOKS = ("fit", "train_step", "compute_loss", "_get_metrics_result_or_logs")
+MODEL_INTERNALS = ("_distribute_strategy", "_compile_loss", "_compute_loss_has_training_arg")
+# XLA makes one pass over memory of an update's ten, but takes longer to compile the more variables there are.
+MAX_COMPILED_VARIABLES = 300
 
 _communicator: Communicator | None = None
-_distributed_classes: dict[type, type] = {}
+_distributed_classes: dict[tuple[type, type], type] = {}
 _ids = itertools.count()  # of distributed models: the same on all ranks, which distribute in the same order
 
 
-def init() -> Communicator:
-    """Joins the Horovod job (or stays alone, if no launcher started this process) and returns the communicator."""
+def init(threads_per_rank: int = 0, pin: bool = True) -> Communicator:
+    """Joins the Horovod job (or stays alone, if no launcher started this process) and returns the communicator.
+
+    Gives the rank its share of the host before: threads (0: its share of the cores), cores of its own if `pin`, a GPU
+    of its own where there are some. Call it before TensorFlow computes anything.
+    """
     global _communicator
+    local_rank, local_size = place_on_host()
+    prepare_process(local_rank, local_size, threads_per_rank, pin)
+    use_own_gpu(local_rank, local_size)
     _communicator = connect()
     return _communicator
 
 
-def distribute(model: keras.Model, communicator: Communicator | None = None) -> keras.Model:
+def distribute(
+    model: keras.Model,
+    communicator: Communicator | None = None,
+    *,
+    aggregation: Aggregation | None = None,
+    sync_batch_norm: bool = False,
+    compile_update: bool | None = None,
+) -> keras.Model:
     """Makes `model.fit` train on all ranks as one process would on the global batch; returns the same model.
 
-    Call it on every rank after `compile`. With one rank it changes nothing. Guarantees: after each step the weights are
-    bit-equal on all ranks. Raises ValueError if the model is not compiled or asks for XLA, and RuntimeError if this
-    Keras lacks a method that the adapter hooks.
+    Call it on every rank after `compile`. With one rank it changes nothing. `compile_update`: run the optimizer's
+    update through XLA; None: for Keras's own optimizers on CPUs. Guarantees: after each step the weights are bit-equal
+    on all ranks. Raises ValueError if the model is not compiled, asks for XLA or for what this build of Horovod
+    cannot do, and RuntimeError if this Keras lacks a method that the adapter hooks.
     """
-    communicator = communicator or _communicator
-    if communicator is None:
-        raise ValueError("distribute(model) needs a communicator; received none. Call hvk.init() first, on every rank.")
+    communicator = _given(communicator, "distribute(model)")
+    aggregation = aggregation or Aggregation()
     if not model.compiled:
         raise ValueError("distribute(model) takes a compiled model; this one is not. Call model.compile(...) first.")
     if communicator.world_size == 1 or hasattr(model.optimizer, "_archipelago"):
         return model
     if model.jit_compile is True:
-        raise ValueError("XLA cannot hold a collective; received jit_compile=True. Compile with jit_compile=False.")
+        raise ValueError(
+            "XLA cannot hold a collective; received jit_compile=True. Compile with jit_compile=False: the optimizer's "
+            "update goes through XLA all the same (compile_update)."
+        )
+    _check(aggregation, communicator)
     model.jit_compile = False
     _check_hooks(model)
-    reduction = GradientReduction(communicator, name=f"gradients{next(_ids)}")
-    _distribute_optimizer(model.optimizer, reduction)
+    num_bytes = tf.Variable(0, dtype=tf.int64, trainable=False)
+    reduction = GradientReduction(communicator, aggregation, f"gradients{next(_ids)}", num_bytes)
+    _distribute_optimizer(model.optimizer, reduction, compile_update)
     _distribute_model(model, communicator, reduction)
+    if sync_batch_norm:
+        _synchronise_batch_norm(model, reduction)
     return model
 
 
-class GradientReduction:
-    """The reduction of one model's gradients, and the denominators that weight it.
+class DistributedGradientTape(tf.GradientTape):
+    """A gradient tape for loops of one's own: `gradient` returns the gradients of the global batch.
 
-    The state below lives while TensorFlow traces one train step: `train_step` sets the denominator, `compute_loss` may
-    refine it, `scale_loss` puts the factor into the loss, and `reduce` averages (and applies the factor itself if a
-    custom train step did not call `scale_loss`).
+        with hvk.DistributedGradientTape() as tape:
+            loss = loss_function(y, model(x, training=True))
+        grads = tape.gradient(loss, model.trainable_variables, num_examples=len(x))
+        optimizer.apply_gradients(zip(grads, model.trainable_variables))
+
+    With num_examples the mean over ranks is weighted by it: the gradient of the mean over all examples. Without, all
+    ranks weigh the same. Start with `broadcast_variables`, and do not `distribute` the model as well.
     """
 
-    def __init__(self, communicator: Communicator, name: str) -> None:
-        self.communicator = communicator
-        self.name = name
-        self._bytes = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._denominator: tf.Tensor | None = None
-        self._factor_in_loss = False
+    def __init__(
+        self,
+        *args: Any,
+        communicator: Communicator | None = None,
+        aggregation: Aggregation | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._ranks = _given(communicator, "DistributedGradientTape")
+        self._aggregation = aggregation or Aggregation()
+        _check(self._aggregation, self._ranks)
 
-    @property
-    def bytes_sent(self) -> int:
-        """Payload that this rank has put into gradient reductions so far."""
-        return int(self._bytes.numpy())
-
-    def start_step(self, num_examples: tf.Tensor) -> None:
-        self._denominator = tf.cast(num_examples, tf.float32)
-        self._factor_in_loss = False
-
-    def refine_denominator(self, denominator: tf.Tensor) -> None:
-        self._denominator = tf.cast(denominator, tf.float32)
-
-    def factor(self) -> tf.Tensor:
-        """D_r N / sum_r D_r."""
-        assert self._denominator is not None
-        total = self.communicator.all_reduce_sum(self._denominator, name=f"{self.name}.denominator")
-        return tf.math.divide_no_nan(self._denominator * self.communicator.world_size, total)
-
-    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
-        if self._denominator is None:  # not within a train step: nothing to weight
-            return loss
-        self._factor_in_loss = True
-        return loss * tf.cast(self.factor(), loss.dtype)
-
-    def reduce(self, grads: Sequence[Any]) -> list[Any]:
-        """The mean of the gradients over ranks. Sparse ones (of embeddings) stay sparse: their rows are gathered."""
-        grads = list(grads)
-        if self._denominator is not None and not self._factor_in_loss:
-            factor = self.factor()
-            grads = [_scaled(g, factor) for g in grads]
-        self._denominator = None
-        dense = [i for i, g in enumerate(grads) if g is not None and not isinstance(g, tf.IndexedSlices)]
-        sparse = [i for i, g in enumerate(grads) if isinstance(g, tf.IndexedSlices)]
-        self._bytes.assign_add(tf.add_n([_num_bytes(grads[i]) for i in (*dense, *sparse)]))
-        means = self.communicator.all_reduce_mean([grads[i] for i in dense], name=self.name) if dense else []
-        for i, mean in zip(dense, means, strict=True):
-            grads[i] = mean
-        for i in sparse:
-            grads[i] = self._mean_of_rows(grads[i], f"{self.name}.rows{i}")
-        return grads
-
-    def _mean_of_rows(self, grad: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
-        values = self.communicator.all_gather(grad.values, name=f"{name}.values")
-        indices = self.communicator.all_gather(grad.indices, name=f"{name}.indices")
-        return tf.IndexedSlices(values / self.communicator.world_size, indices, grad.dense_shape)
+    def gradient(self, target: Any, sources: Any, *args: Any, num_examples: Any = None, **kwargs: Any) -> Any:
+        """As tf.GradientTape.gradient, reduced over ranks. All ranks must call it in the same order."""
+        grads = super().gradient(target, sources, *args, **kwargs)
+        if self._ranks.world_size == 1:
+            return grads
+        flat = keras.tree.flatten(sources)
+        paths = ",".join(f"{getattr(v, 'path', getattr(v, 'name', ''))}{tuple(v.shape)}" for v in flat)
+        name = f"tape.{hashlib.sha256(paths.encode()).hexdigest()[:12]}"  # equal on all ranks, other for other sources
+        reduction = GradientReduction(self._ranks, self._aggregation, name)
+        flat_grads = grads if isinstance(grads, list | tuple) else [grads]
+        if num_examples is None:
+            reduced = reduction.reduce(flat_grads)
+        else:
+            with reduction.step(num_examples):
+                reduced = reduction.reduce(flat_grads)
+        return type(grads)(reduced) if isinstance(grads, list | tuple) else reduced[0]
 
 
 class _ReduceBeforeClipping:
@@ -144,7 +168,7 @@ class _ReduceBeforeClipping:
     _archipelago: GradientReduction
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
-        return super().scale_loss(self._archipelago.scale_loss(loss))  # type: ignore[misc]
+        return super().scale_loss(self._archipelago.divide_loss(loss))  # type: ignore[misc]
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
         return super()._clip_gradients(self._archipelago.reduce(grads))  # type: ignore[misc]
@@ -156,41 +180,48 @@ class _ReduceBeforeFiniteCheck:
     _archipelago: GradientReduction
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
-        return super().scale_loss(self._archipelago.scale_loss(loss))  # type: ignore[misc]
+        return super().scale_loss(self._archipelago.divide_loss(loss))  # type: ignore[misc]
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
         return super().apply(self._archipelago.reduce(grads), trainable_variables)  # type: ignore[misc]
 
 
-class _Synchronise(keras.callbacks.Callback):
-    """At the start of `fit`: equal steps on all ranks, then the root's variables on all ranks."""
+class _CompileUpdate:
+    """Mixed into an optimizer's class: the update of all variables as one XLA program."""
 
-    def __init__(self, communicator: Communicator, validates: bool) -> None:
-        super().__init__()
-        self.communicator = communicator
-        self.validates = validates
+    _max_compiled_variables: int
 
-    def on_train_begin(self, logs: object = None) -> None:
-        validates = self.communicator.all_gather_object(self.validates)
-        if len(set(validates)) > 1:
-            raise AgreedError(
-                f"All ranks must validate or none, as metrics are summed over ranks; received {validates} by rank. "
-                "Give every rank its part of the validation data."
-            )
-        steps = self.communicator.all_gather_object(self.params.get("steps"))
-        if len(set(steps)) > 1 or steps[0] is None:
-            raise AgreedError(
-                f"All ranks must run the same, known number of steps per epoch; received {steps} by rank. Give every "
-                "rank as many batches, or pass steps_per_epoch to fit."
-            )
-        broadcast_variables(self.model, self.communicator)
+    def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
+        update = super()._backend_update_step  # type: ignore[misc]
+        if len(grads) > self._max_compiled_variables or tf.executing_eagerly():
+            update(grads, trainable_variables, learning_rate)
+        else:
+            tf.function(lambda: update(grads, trainable_variables, learning_rate), jit_compile=True, autograph=False)()
 
 
-def broadcast_variables(model: keras.Model, communicator: Communicator) -> None:
-    """Gives every rank the root's model and optimizer variables. Random layers keep their own state on each rank."""
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    variables = [v for v in (*model.variables, *model.optimizer.variables) if not _is_random_state(v)]
+class _GlobalMoments:
+    """Mixed into a BatchNormalization's class: the statistics of the global batch."""
+
+    _archipelago: GradientReduction
+
+    def _moments(self, inputs: Any, mask: Any) -> tuple[Any, Any]:
+        mean, variance = super()._moments(inputs, mask)  # type: ignore[misc]
+        count = tf.size(inputs) / tf.size(mean) if mask is None else tf.reduce_sum(tf.cast(mask, tf.float32))
+        return self._archipelago.global_moments(mean, variance, count)
+
+
+def broadcast_variables(
+    model: keras.Model, communicator: Communicator | None = None, optimizer: keras.optimizers.Optimizer | None = None
+) -> None:
+    """Gives every rank the root's model and optimizer variables. Random layers keep their own state on each rank.
+
+    `optimizer` is the compiled one, or that of a loop of one's own.
+    """
+    communicator = _given(communicator, "broadcast_variables")
+    optimizer = optimizer or model.optimizer
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    variables = [v for v in (*model.variables, *optimizer.variables) if not _is_random_state(v)]
     arrays = [np.asarray(v) for v in variables]
     for variable, array in zip(variables, communicator.broadcast_arrays(arrays), strict=True):
         variable.assign(array)
@@ -199,26 +230,51 @@ def broadcast_variables(model: keras.Model, communicator: Communicator) -> None:
 def bytes_sent(model: keras.Model) -> int:
     """Payload that this rank has put into the model's gradient reductions since `distribute`; 0 with one rank."""
     reduction = getattr(model.optimizer, "_archipelago", None)
-    return reduction.bytes_sent if reduction else 0
+    return int(reduction.num_bytes.numpy()) if reduction else 0
 
 
-def _distribute_optimizer(optimizer: keras.optimizers.Optimizer, reduction: GradientReduction) -> None:
-    """Swaps the optimizer's class for a subclass that Keras saves under the plain class's name."""
-    plain = type(optimizer)
-    if plain not in _distributed_classes:
-        is_loss_scale = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        hook = _ReduceBeforeFiniteCheck if is_loss_scale else _ReduceBeforeClipping
+def _given(communicator: Communicator | None, who: str) -> Communicator:
+    found = communicator or _communicator
+    if found is None:
+        raise ValueError(f"{who} needs a communicator; received none. Call hvk.init() first, on every rank.")
+    return found
+
+
+def _check(aggregation: Aggregation, communicator: Communicator) -> None:
+    if aggregation.op == "adasum" and (reason := communicator.why_no_adasum()):
+        raise ValueError(reason)
+
+
+def _distribute_optimizer(
+    optimizer: keras.optimizers.Optimizer, reduction: GradientReduction, compile_update: bool | None
+) -> None:
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if compile_update is None:  # one of the user's own may do what XLA cannot
+        is_kerass = type(inner or optimizer).__module__.startswith("keras.")
+        max_compiled = MAX_COMPILED_VARIABLES if is_kerass and not tf.config.list_physical_devices("GPU") else 0
+    else:
+        max_compiled = sys.maxsize if compile_update else 0
+    _swap_class(inner or optimizer, _CompileUpdate, _max_compiled_variables=max_compiled)
+    hook = _ReduceBeforeClipping if inner is None else _ReduceBeforeFiniteCheck
+    _swap_class(optimizer, hook, _archipelago=reduction)
+
+
+def _swap_class(thing: Any, mixin: type, **attributes: Any) -> None:
+    """Makes the object's class a subclass of itself with `mixin` in front, which Keras saves as the plain class."""
+    plain = type(thing)
+    if (mixin, plain) not in _distributed_classes:
         namespace = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-        distributed = type(plain.__name__, (hook, plain), namespace)
+        distributed = type(plain.__name__, (mixin, plain), namespace)
         public_name = api_export.get_name_from_symbol(plain)
         if public_name is not None:  # only this direction: loading by name must find the plain class
             api_export.REGISTERED_OBJS_TO_NAMES[distributed] = public_name
         registered_name = object_registration.get_registered_name(plain)
         if registered_name != plain.__name__:
             object_registration.GLOBAL_CUSTOM_NAMES[distributed] = registered_name
-        _distributed_classes[plain] = distributed
-    optimizer.__class__ = _distributed_classes[plain]
-    object.__setattr__(optimizer, "_archipelago", reduction)  # past Keras's tracking: no part of the optimizer's state
+        _distributed_classes[mixin, plain] = distributed
+    thing.__class__ = _distributed_classes[mixin, plain]
+    for name, value in attributes.items():
+        object.__setattr__(thing, name, value)  # past Keras's tracking: no part of the object's state
 
 
 def _distribute_model(model: keras.Model, communicator: Communicator, reduction: GradientReduction) -> None:
@@ -237,26 +293,25 @@ def _distribute_model(model: keras.Model, communicator: Communicator, reduction:
             raise ValueError("A distributed model's fit takes a list of callbacks; received a CallbackList.")
         callbacks = [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks)
         validates = given.get("validation_data") is not None or bool(given.get("validation_split"))
-        given["callbacks"] = [_Synchronise(communicator, validates), *callbacks]
+        synchronise = Synchronise(communicator, validates, lambda model: broadcast_variables(model, communicator))
+        given["callbacks"] = [synchronise, *callbacks]
         given["verbose"] = communicator.on_root(given.get("verbose", "auto"), 0)
         return plain_fit(**given)
 
     def train_step(data: Any) -> Any:
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        reduction.start_step(tf.shape(keras.tree.flatten(x)[0])[0])
-        return plain_train_step(data)
+        use_rank_losses(model, reduction)
+        with reduction.step(tf.shape(keras.tree.flatten(x)[0])[0]):
+            return plain_train_step(data)
 
-    def compute_loss(
-        x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
-    ) -> Any:
-        denominator = _loss_denominator(model, y_pred, sample_weight) if training else None
-        if denominator is not None:
-            reduction.refine_denominator(denominator)
-        extra = {"training": training} if model._compute_loss_has_training_arg else {}
-        return plain_compute_loss(x, y, y_pred, sample_weight, **extra)
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        loss = plain_compute_loss(*args, **kwargs)
+        use_rank_losses(model, reduction)  # built by this very call, in the symbolic step that fit begins with
+        return loss
 
     def results(logs: Any) -> Any:
         _sum_metric_states(model.metrics, communicator)
+        _average_batch_statistics(model, communicator)
         return plain_results(logs)
 
     for name, hook in zip(MODEL_HOOKS, (fit, train_step, compute_loss, results), strict=True):
@@ -265,25 +320,22 @@ def _distribute_model(model: keras.Model, communicator: Communicator, reduction:
         object.__setattr__(model, "_distribute_strategy", tf.distribute.get_strategy())
 
 
-def _loss_denominator(model: keras.Model, y_pred: Any, sample_weight: Any) -> tf.Tensor | None:
-    """What Keras divides the loss by, where that is not the number of examples; None where it is.
+def _synchronise_batch_norm(model: keras.Model, reduction: GradientReduction) -> None:
+    for layer in _batch_norms(model):
+        _swap_class(layer, _GlobalMoments, _archipelago=reduction)
 
-    Masked entries do not count, and the reduction "mean_with_sample_weight" counts weights. Several outputs have one
-    denominator each, which one factor cannot express: refused when they are not the number of examples.
-    """
-    masks = [getattr(output, "_keras_mask", None) for output in keras.tree.flatten(y_pred)]
-    losses = [loss for loss in keras.tree.flatten(model.loss) if isinstance(loss, keras.losses.Loss)]
-    by_weight = any(loss.reduction == "mean_with_sample_weight" for loss in losses) and sample_weight is not None
-    if all(mask is None for mask in masks) and not by_weight:
-        return None
-    if len(masks) > 1 or (by_weight and masks[0] is not None):
-        raise ValueError(
-            "Ranks cannot agree on one denominator for several outputs with masks or mean_with_sample_weight, or for "
-            "both at once. Use the reduction 'sum_over_batch_size' and put the mask into sample_weight."
-        )
-    if by_weight:
-        return tf.reduce_sum(tf.cast(keras.tree.flatten(sample_weight)[0], tf.float32))
-    return tf.reduce_sum(tf.cast(masks[0], tf.float32))
+
+def _batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+def _average_batch_statistics(model: keras.Model, communicator: Communicator) -> None:
+    """Makes the moving statistics of batch normalisation the mean over ranks: each has seen its own part."""
+    variables = [v for layer in _batch_norms(model) for v in layer.non_trainable_variables]
+    if variables:
+        by_rank = communicator.all_gather_object([np.asarray(v) for v in variables])
+        for variable, *values in zip(variables, *by_rank, strict=True):
+            variable.assign(np.mean(values, axis=0, dtype=np.float64))
 
 
 def _sum_metric_states(metrics: Sequence[keras.metrics.Metric], communicator: Communicator) -> None:
@@ -296,7 +348,7 @@ def _sum_metric_states(metrics: Sequence[keras.metrics.Metric], communicator: Co
 
 def _check_hooks(model: keras.Model) -> None:
     missing = [name for name in OPTIMIZER_HOOKS if not hasattr(model.optimizer, name)]
-    missing += [name for name in (*MODEL_HOOKS, "_distribute_strategy") if not hasattr(model, name)]
+    missing += [name for name in (*MODEL_HOOKS, *MODEL_INTERNALS) if not hasattr(model, name)]
     if missing:
         raise RuntimeError(
             f"Keras {keras.__version__} lacks {', '.join(missing)}, which the adapter relies on: gradients would stay "
@@ -306,16 +358,3 @@ def _check_hooks(model: keras.Model) -> None:
 
 def _is_random_state(variable: Any) -> bool:
     return variable.path.endswith("seed_generator_state")
-
-
-def _scaled(grad: Any, factor: tf.Tensor) -> Any:
-    if grad is None:
-        return None
-    if isinstance(grad, tf.IndexedSlices):
-        return tf.IndexedSlices(grad.values * tf.cast(factor, grad.values.dtype), grad.indices, grad.dense_shape)
-    return grad * tf.cast(factor, grad.dtype)
-
-
-def _num_bytes(grad: Any) -> tf.Tensor:
-    parts = (grad.values, grad.indices) if isinstance(grad, tf.IndexedSlices) else (grad,)
-    return tf.add_n([tf.size(part, out_type=tf.int64) * part.dtype.size for part in parts])

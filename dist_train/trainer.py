@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from dist_train.collectives import Communicator, agree
+from dist_train.gradients import Aggregation
 from dist_train.keras_horovod import broadcast_variables, bytes_sent, distribute
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.data import Dataset, Splits, load_dataset, shard, split
@@ -73,6 +74,15 @@ def learning_rate(experiment: Experiment, world_size: int, steps_per_epoch: int)
     )
 
 
+def aggregation(experiment: Experiment) -> Aggregation:
+    performance = experiment.performance
+    return Aggregation(
+        op=experiment.training.aggregation,
+        grouping=performance.gradient_grouping,
+        predivide_factor=performance.predivide_factor or None,
+    )
+
+
 @dataclass
 class Progress:
     """What a checkpoint holds beside the arrays: how far the run is and what it has seen."""
@@ -114,8 +124,15 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
     batches = EpochBatches(splits.train, batch_size, experiment.seed, rank=rank, world_size=world_size)
     schema = splits.train.schema
     model = build_model(experiment.model, schema, experiment.seed)
-    compile_model(model, experiment, schema, learning_rate(experiment, world_size, steps_per_epoch=len(batches)))
-    distribute(model, communicator)
+    rate = learning_rate(experiment, world_size, steps_per_epoch=len(batches))
+    compile_model(model, experiment, schema, rate, steps_per_epoch=len(batches))
+    distribute(
+        model,
+        communicator,
+        aggregation=aggregation(experiment),
+        sync_batch_norm=experiment.training.sync_batch_norm,
+        compile_update=None if experiment.performance.compile_update else False,
+    )
     model.optimizer.build(model.trainable_variables)
     return _Job(experiment, communicator, splits, batches, model)
 

@@ -49,6 +49,7 @@ class OptimizerSection(Section):
     momentum: Fraction = 0.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     global_clip_norm: Annotated[float, Field(ge=0.0)] = 0.0  # of the reduced gradient; 0: no clipping
+    accumulation_steps: Count = 1  # batches whose mean gradient makes one update
 
 
 class TrainingSection(Section):
@@ -62,6 +63,8 @@ class TrainingSection(Section):
     early_stopping_patience: CountOrZero = 0  # epochs without a better validation loss; 0: never stop early
     restore_best: bool = False  # end with the weights of the best epoch instead of the last
     loss: str = "auto"  # auto: cross-entropy for classes, mean squared error for numbers
+    aggregation: Literal["average", "adasum"] = "average"  # how the ranks' gradients become one
+    sync_batch_norm: bool = False  # batch normalisation with the statistics of the global batch
 
 
 class PartitionSection(Section):
@@ -88,7 +91,11 @@ class PerformanceSection(Section):
     """May change speed and memory, never the expected result."""
 
     threads_per_rank: CountOrZero = 0  # 0: the cores of the host divided by its ranks
-    steps_per_execution: Count = 1
+    pin_ranks: bool = True  # each rank on cores of its own; false where other jobs share the host's cores
+    steps_per_execution: CountOrZero = 0  # steps between two looks of Keras; 0: a tenth of an epoch, at most 10
+    compile_update: bool = True  # the optimizer's update as one XLA program, where ranks train
+    gradient_grouping: Literal["auto", "grouped", "per_tensor"] = "auto"  # reduce all at once, or each when it is there
+    predivide_factor: Annotated[float, Field(ge=0.0)] = 0.0  # p: 1/p before the sum, p/N after; 0: all before
 
 
 class RunSection(Section):
@@ -176,6 +183,11 @@ def _cross_field_rules(e: Experiment) -> Iterable[tuple[bool, str]]:
         e.training.warmup_epochs > 0 and not e.training.scale_learning_rate,
         f"training.warmup_epochs climbs to the scaled rate; received warmup_epochs = {e.training.warmup_epochs} with "
         "scale_learning_rate = false. Set training.scale_learning_rate = true.",
+    )
+    yield (
+        e.training.aggregation == "adasum" and e.performance.predivide_factor > 0,
+        f"performance.predivide_factor splits an average; received {e.performance.predivide_factor:g} with "
+        "training.aggregation = 'adasum'. Set predivide_factor = 0.0 or aggregation = 'average'.",
     )
     yield (
         e.federation.cohort_size > 0 and e.federation.min_silos < e.federation.cohort_size,

@@ -7,10 +7,11 @@ examples and what happens to the gradient or to the weights afterwards.
 import inspect
 import itertools
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from shared.data import Dataset, Schema
 from shared.experiment import Experiment, OptimizerSection, nearest_names
@@ -21,15 +22,17 @@ LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedul
 
 
 def make_optimizer(config: OptimizerSection, learning_rate: LearningRate) -> keras.optimizers.Optimizer:
-    clip = {"global_clipnorm": config.global_clip_norm} if config.global_clip_norm > 0 else {}
+    common: dict[str, Any] = {"global_clipnorm": config.global_clip_norm} if config.global_clip_norm > 0 else {}
+    if config.accumulation_steps > 1:
+        common["gradient_accumulation_steps"] = config.accumulation_steps
     match config.name:
         case "sgd":
             decay = config.weight_decay or None
-            return keras.optimizers.SGD(learning_rate, momentum=config.momentum, weight_decay=decay, **clip)
+            return keras.optimizers.SGD(learning_rate, momentum=config.momentum, weight_decay=decay, **common)
         case "adam":
-            return keras.optimizers.Adam(learning_rate, **clip)
+            return keras.optimizers.Adam(learning_rate, **common)
         case "adamw":
-            return keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay, **clip)
+            return keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay, **common)
 
 
 def make_loss(name: str, schema: Schema) -> keras.losses.Loss:
@@ -52,8 +55,23 @@ def make_loss(name: str, schema: Schema) -> keras.losses.Loss:
     return classes[name](from_logits=True) if wants_logits else classes[name]()
 
 
+def steps_per_execution(wanted: int, steps_per_epoch: int) -> int:
+    """How many steps run between two looks of Keras's callbacks; 0 wanted: a tenth of an epoch, 1 to 10.
+
+    So progress is still told ten times an epoch, while what Keras does in Python is paid once in up to ten steps.
+
+    >>> [steps_per_execution(0, steps) for steps in (5, 40, 1000)]
+    [1, 4, 10]
+    """
+    return wanted or max(1, min(10, steps_per_epoch // 10))
+
+
 def compile_model(
-    model: keras.Model, experiment: Experiment, schema: Schema, learning_rate: LearningRate | None = None
+    model: keras.Model,
+    experiment: Experiment,
+    schema: Schema,
+    learning_rate: LearningRate | None = None,
+    steps_per_epoch: int = 0,
 ) -> keras.Model:
     """Compiles in place: optimizer, loss, and accuracy (classes) or mean absolute error (numbers)."""
     metric = (
@@ -65,7 +83,7 @@ def compile_model(
         optimizer=make_optimizer(experiment.optimizer, learning_rate or experiment.optimizer.learning_rate),
         loss=make_loss(experiment.training.loss, schema),
         metrics=[metric],
-        steps_per_execution=experiment.performance.steps_per_execution,
+        steps_per_execution=steps_per_execution(experiment.performance.steps_per_execution, steps_per_epoch),
         jit_compile=False,  # XLA cannot hold a collective, and its rounding differs: one path keeps all runtimes equal
     )
     return model
@@ -88,7 +106,7 @@ def batch_slices(num_examples: int, batch_size: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-class EpochBatches(keras.utils.PyDataset):
+class EpochBatches:
     """A rank's batches of an epoch: (x, y[, sample_weight]) in an order determined by (seed, owner, epoch).
 
     The order is one random permutation of all examples per epoch, cut into global batches; each rank takes its part of
@@ -99,7 +117,6 @@ class EpochBatches(keras.utils.PyDataset):
     def __init__(
         self, dataset: Dataset, batch_size: int, seed: int, owner: str = "", rank: int = 0, world_size: int = 1
     ) -> None:
-        super().__init__()
         self.dataset = dataset
         self.seed, self.owner = seed, owner
         self.rank, self.world_size = rank, world_size
@@ -107,15 +124,38 @@ class EpochBatches(keras.utils.PyDataset):
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
+        """The epoch whose order `__getitem__`, and every pass through `as_tf_dataset` begun from now on, follows."""
         self.order = rng_for(self.seed, "epoch order", self.owner, epoch).permutation(len(self.dataset))
 
     def __len__(self) -> int:
         return len(self.slices)
 
+    def indices(self, step: int) -> np.ndarray:
+        """Which examples this rank gets in a step."""
+        return np.array_split(self.order[self.slices[step]], self.world_size)[self.rank]
+
     def __getitem__(self, step: int) -> tuple[np.ndarray, ...]:
-        global_batch = self.order[self.slices[step]]
-        batch = self.dataset.take(np.array_split(global_batch, self.world_size)[self.rank])
-        return (batch.x, batch.y) if batch.sample_weight is None else (batch.x, batch.y, batch.sample_weight)
+        return as_fit_data(self.dataset.take(self.indices(step)))
+
+    def as_tf_dataset(self) -> tf.data.Dataset:
+        """The same batches, gathered by TensorFlow beside the training: each pass reads the order as it is then."""
+        arrays = tuple(tf.convert_to_tensor(array) for array in as_fit_data(self.dataset))
+
+        def all_indices() -> tuple[np.ndarray, np.ndarray]:
+            parts = [self.indices(step) for step in range(len(self))]
+            return np.concatenate(parts), np.cumsum([0, *map(len, parts)])
+
+        def begin_pass(_: tf.Tensor) -> tf.data.Dataset:
+            indices, bounds = tf.numpy_function(all_indices, [], (tf.int64, tf.int64), stateful=True)
+            indices.set_shape([None])
+            return tf.data.Dataset.range(len(self)).map(
+                lambda step: tuple(tf.gather(array, indices[bounds[step] : bounds[step + 1]]) for array in arrays)
+            )
+
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = 1
+        batches = tf.data.Dataset.range(1).flat_map(begin_pass).prefetch(2).with_options(options)
+        return batches.apply(tf.data.experimental.assert_cardinality(len(self)))
 
 
 class StartEpoch(keras.callbacks.Callback):
@@ -147,10 +187,10 @@ def fit_epochs(
 ) -> keras.callbacks.History:
     """Runs the epochs first_epoch .. last_epoch - 1 of a compiled model; `callbacks` see the metrics of each."""
     return model.fit(
-        batches,
+        batches.as_tf_dataset(),
         initial_epoch=first_epoch,
         epochs=last_epoch,
-        validation_data=None if not validation else _as_fit_data(validation),
+        validation_data=None if not validation else as_fit_data(validation),
         validation_batch_size=EVALUATION_BATCH_SIZE,
         callbacks=[StartEpoch(batches), *callbacks],
         shuffle=False,
@@ -160,7 +200,7 @@ def fit_epochs(
 
 def evaluate(model: keras.Model, dataset: Dataset) -> dict[str, float]:
     """Mean loss and metrics of a compiled model over the data set."""
-    x, y, *weight = _as_fit_data(dataset)
+    x, y, *weight = as_fit_data(dataset)
     results = model.evaluate(
         x,
         y,
@@ -172,6 +212,7 @@ def evaluate(model: keras.Model, dataset: Dataset) -> dict[str, float]:
     return {name: float(value) for name, value in results.items()}
 
 
-def _as_fit_data(dataset: Dataset) -> tuple[np.ndarray, ...]:
+def as_fit_data(dataset: Dataset) -> tuple[np.ndarray, ...]:
+    """(x, y) or (x, y, sample_weight), as Keras takes them."""
     weight = () if dataset.sample_weight is None else (dataset.sample_weight,)
     return (dataset.x, dataset.y, *weight)

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,7 +20,7 @@ from dist_train.collectives import AgreedError, Communicator
 from dist_train.trainer import train
 from shared.data import Dataset, Schema
 from shared.experiment import experiment_from_flat
-from shared.training import EpochBatches, fit_epochs
+from shared.training import EpochBatches, StartEpoch, fit_epochs
 from shared.weights import max_difference
 from shared.zoo import wide_deep
 
@@ -88,13 +89,72 @@ class OwnTrainStep(keras.Model):
         return self.compute_metrics(x, y, y_pred)
 
 
+class OwnLossTerm(keras.Model):
+    """Adds a term of its own to the compiled loss, as users do in compute_loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = layers.Dense(NUM_CLASSES)
+
+    def call(self, x):
+        return self.head(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return loss + 0.1 * tf.reduce_sum(tf.square(self.head.kernel))
+
+
+class TwoOutputs(keras.Model):
+    """A class for each token of a sequence (masked where it is padding), and a number for the whole of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = MaskedTokens()
+        self.number = layers.Dense(1)
+
+    def call(self, x):
+        return {"tokens": self.tokens(x), "number": self.number(x)}
+
+
+def batch_norm() -> keras.Model:
+    inputs = keras.Input((NUM_FEATURES,))
+    hidden = layers.BatchNormalization(momentum=0.9)(layers.Dense(16, activation="tanh")(inputs))
+    return keras.Model(inputs, layers.Dense(NUM_CLASSES)(hidden))
+
+
+@keras.saving.register_keras_serializable("tests")
+class UsersOwn(optimizers.Optimizer):
+    """Sign descent with decay, written as the Keras guide tells users to."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        rate = tf.cast(learning_rate, variable.dtype)
+        variable.assign_sub(rate * (tf.math.tanh(100.0 * gradient) + 0.01 * variable))
+
+
 def cross_entropy(reduction: str = "sum_over_batch_size") -> keras.losses.Loss:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
 
 
 # name: (model, optimizer, loss, data, steps_per_execution)
-Case = tuple[Callable[[], keras.Model], Callable[[], optimizers.Optimizer], keras.losses.Loss, Dataset, int]
+Case = tuple[Callable[[], keras.Model], Callable[[], optimizers.Optimizer], Any, Dataset, int]
+UNEVEN = make_data(229)
+OPTIMIZERS: dict[str, Callable[[], optimizers.Optimizer]] = {
+    "sgd": lambda: optimizers.SGD(0.1),
+    "rmsprop": lambda: optimizers.RMSprop(0.01, momentum=0.5, centered=True),
+    "adagrad": lambda: optimizers.Adagrad(0.05),
+    "adadelta": lambda: optimizers.Adadelta(1.0),
+    "adamax": lambda: optimizers.Adamax(0.01),
+    "nadam": lambda: optimizers.Nadam(0.01, clipvalue=0.05),
+    "ftrl": lambda: optimizers.Ftrl(0.05),
+    "lion": lambda: optimizers.Lion(0.001),
+    "lamb": lambda: optimizers.Lamb(0.01),
+    "adafactor": lambda: optimizers.Adafactor(0.01),
+    "amsgrad": lambda: optimizers.Adam(0.01, amsgrad=True, weight_decay=0.01),
+    "users_own": lambda: UsersOwn(0.01),
+    "scheduled": lambda: optimizers.SGD(optimizers.schedules.CosineDecay(0.2, 20), momentum=0.9),
+}
 CASES: dict[str, Case] = {
+    **{name: (mlp, make, cross_entropy(), UNEVEN, 1) for name, make in OPTIMIZERS.items()},
     "sgd_momentum": (mlp, lambda: optimizers.SGD(0.1, momentum=0.9, nesterov=True), cross_entropy(), make_data(), 1),
     "adam": (mlp, lambda: optimizers.Adam(0.01), cross_entropy(), make_data(), 1),
     "adamw_global_clip": (mlp, lambda: optimizers.AdamW(0.01, global_clipnorm=0.05), cross_entropy(), make_data(), 1),
@@ -143,7 +203,74 @@ def masked_case() -> tuple[Dataset, keras.losses.Loss]:
     return Dataset(base.x, tokens_y, NUM_CLASSES), cross_entropy()
 
 
-CASES["masked_tokens"] = (MaskedTokens, lambda: optimizers.SGD(0.2), masked_case()[1], masked_case()[0], 1)
+TOKENS, TOKEN_LOSS = masked_case()
+CASES["masked_tokens"] = (MaskedTokens, lambda: optimizers.SGD(0.2), TOKEN_LOSS, TOKENS, 1)
+CASES["two_outputs"] = (
+    TwoOutputs,
+    lambda: optimizers.SGD(0.1),
+    {"tokens": cross_entropy(), "number": "mse"},
+    TOKENS,
+    1,
+)
+CASES["summed_loss"] = (mlp, lambda: optimizers.SGD(0.01), cross_entropy("sum"), UNEVEN, 1)
+CASES["own_loss_term"] = (OwnLossTerm, lambda: optimizers.SGD(0.1), cross_entropy(), UNEVEN, 1)
+CASES["class_weights"] = (mlp, lambda: optimizers.SGD(0.1), cross_entropy(), UNEVEN, 1)
+CASES["own_loop"] = (mlp, lambda: optimizers.Adam(0.01), cross_entropy(), UNEVEN, 1)
+CASES["sync_batch_norm"] = (batch_norm, lambda: optimizers.SGD(0.1), cross_entropy(), UNEVEN, 1)
+CASES["batch_norm"] = (batch_norm, lambda: optimizers.SGD(0.1), cross_entropy(), UNEVEN, 1)
+CASES["per_tensor"] = (mlp, lambda: optimizers.Adam(0.01), cross_entropy(), UNEVEN, 1)
+CASES["predivided"] = (mlp, lambda: optimizers.Adam(0.01), cross_entropy(), UNEVEN, 1)
+CASES["warmup"] = (mlp, lambda: optimizers.SGD(0.3, momentum=0.9), cross_entropy(), make_data(), 1)
+CASES["mixed_precision"] = (
+    lambda: mlp(dtype="mixed_float16"),
+    lambda: optimizers.LossScaleOptimizer(optimizers.SGD(0.1), initial_scale=2.0**8),
+    cross_entropy(),
+    UNEVEN,
+    1,
+)
+
+# What `distribute` and `fit` are given beyond the model.
+DISTRIBUTE_OPTIONS: dict[str, dict[str, Any]] = {
+    "sync_batch_norm": {"sync_batch_norm": True},
+    "per_tensor": {"aggregation": hvk.Aggregation(grouping="per_tensor"), "compile_update": False},
+    "predivided": {"aggregation": hvk.Aggregation(predivide_factor=1.0)},
+    "users_own": {"compile_update": True},
+}
+
+
+def fit(model: keras.Model, batches: EpochBatches, validation: Dataset, name: str) -> dict[str, list[float]]:
+    """Trains as the case wants it; returns what Keras's History holds."""
+    callbacks = [hvk.LearningRateWarmup(4, warmup_epochs=1)] if name == "warmup" else []
+    data, more = batches.as_tf_dataset(), {}
+    if name == "class_weights":
+        more["class_weight"] = {0: 0.5, 1: 1.0, 2: 3.0}
+    elif name == "two_outputs":
+        data = data.map(lambda x, y: (x, {"tokens": y, "number": x[:, :1]}))
+    else:
+        return fit_epochs(model, batches, 0, NUM_EPOCHS, validation=validation, callbacks=callbacks).history
+    return model.fit(data, epochs=NUM_EPOCHS, callbacks=[StartEpoch(batches)], verbose=0, **more).history
+
+
+def own_loop(model: keras.Model, batches: EpochBatches, communicator: Communicator) -> dict[str, list[float]]:
+    """Plain TensorFlow with the distributed tape; the optimizer and the loss are the compiled ones."""
+    optimizer, loss_function = model.optimizer, model.loss
+    hvk.broadcast_variables(model)
+
+    @tf.function(reduce_retracing=True)
+    def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        with hvk.DistributedGradientTape() as tape:
+            loss = loss_function(y, model(x, training=True))
+        grads = tape.gradient(loss, model.trainable_variables, num_examples=tf.shape(x)[0])
+        optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+        return loss
+
+    losses = []
+    for epoch in range(NUM_EPOCHS):
+        batches.start_epoch(epoch)
+        parts = [(float(step(x, y)) * len(x), len(x)) for x, y in map(batches.__getitem__, range(len(batches)))]
+        everyone = np.sum(communicator.all_gather_object(np.sum(parts, axis=0)), axis=0)
+        losses.append(everyone[0] / everyone[1])
+    return {"loss": losses}
 
 
 def run_case(case: Case, communicator: Communicator, folder: Path, name: str) -> None:
@@ -153,16 +280,17 @@ def run_case(case: Case, communicator: Communicator, folder: Path, name: str) ->
     model.compile(
         make_optimizer(),
         loss,
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        metrics=None if name in ("two_outputs",) else [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         steps_per_execution=steps_per_execution,
         jit_compile=False,
     )
-    hvk.distribute(model)
+    if name != "own_loop":
+        hvk.distribute(model, **DISTRIBUTE_OPTIONS.get(name, {}))
     batches = EpochBatches(
         dataset, GLOBAL_BATCH_SIZE, seed=3, rank=communicator.rank, world_size=communicator.world_size
     )
     validation = dataset.take(np.array_split(np.arange(50), communicator.world_size)[communicator.rank])
-    history = fit_epochs(model, batches, 0, NUM_EPOCHS, validation=validation).history
+    history = own_loop(model, batches, communicator) if name == "own_loop" else fit(model, batches, validation, name)
     keys = sorted(history)
     np.savez(
         folder / f"{name}.{communicator.rank}.npz",
@@ -242,8 +370,6 @@ def dropout_differs(communicator: Communicator) -> float:
     model.compile(optimizers.SGD(0.1), "mse")
     data = Dataset(np.ones((4, 64), np.float32), np.ones((4,), np.float32), 0)
     batches = EpochBatches(data, 4, seed=0, rank=communicator.rank, world_size=1)
-    from shared.training import StartEpoch
-
     start = StartEpoch(batches)
     start.set_model(model)
     start.on_epoch_begin(0)

@@ -13,17 +13,10 @@ from tests.parallel.launching import run_ranks
 
 pytestmark = pytest.mark.parallel
 WORLD_SIZES = (2, 3)
-# On three ranks too; the other cases, which vary what Keras does on a rank and not what ranks do together, on two.
-ON_THREE = {
-    "sgd_momentum",
-    "adam",
-    "adamw_global_clip",
-    "embeddings",
-    "uneven_last_batch",
-    "uneven_embeddings",
-    "sample_weights",
-}
-CASES_BY_SIZE = [(case, size) for size in WORLD_SIZES for case in CASES if size == 2 or case in ON_THREE]
+CASES_BY_SIZE = [(case, size) for size in WORLD_SIZES for case in CASES]
+# Batch normalisation with each rank's own statistics is another computation than with those of the global batch.
+NOT_ONE_PROCESS = ("batch_norm",)
+EQUAL = [(case, size) for case, size in CASES_BY_SIZE if case not in NOT_ONE_PROCESS]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +30,13 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     def run(world_size: int) -> Path:
         if world_size not in folders:
             folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-            names = sorted(needed & {*ON_THREE, "facts"} if world_size == 3 else needed)
-            done = run_ranks(world_size, Path(__file__).with_name("equality_job.py"), folder, *names)
+            done = run_ranks(
+                world_size,
+                Path(__file__).with_name("equality_job.py"),
+                folder,
+                *sorted(needed),
+                timeout_s=200 + 20 * len(needed),
+            )
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             folders[world_size] = folder
         return folders[world_size]
@@ -55,19 +53,20 @@ def weights(result: dict[str, np.ndarray]) -> list[np.ndarray]:
     return [result[key] for key in sorted(result) if key.startswith("arr_")]
 
 
-@pytest.mark.parametrize(("case", "world_size"), CASES_BY_SIZE)
+@pytest.mark.parametrize(("case", "world_size"), EQUAL)
 def test_n_ranks_end_with_the_weights_of_one_process(job, case: str, world_size: int) -> None:
     one, many = results(job(1), case, 0), results(job(world_size), case, 0)
     for a, b in zip(weights(one), weights(many), strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5)  # float32 sums in another order, 20 steps
+        # float32 sums in another order, 20 steps; float16 ones where the model computes in that
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-3 if case == "mixed_precision" else 1e-5)
 
 
-# Keras weighs each batch's loss by its examples, also where the loss itself was divided by weights or unmasked tokens:
-# the reported loss of these two cases depends on how a batch is cut, the gradient does not.
-INEXACT_METRICS = ("weighted_mean_loss", "masked_tokens")
+# Keras weighs each batch's loss by its examples, also where the loss itself was divided by something else (weights,
+# unmasked tokens, nothing): the reported loss of these cases depends on how a batch is cut, the gradient does not.
+INEXACT_METRICS = ("weighted_mean_loss", "masked_tokens", "two_outputs", "summed_loss", "mixed_precision")
 
 
-@pytest.mark.parametrize(("case", "world_size"), [(c, n) for c, n in CASES_BY_SIZE if c not in INEXACT_METRICS])
+@pytest.mark.parametrize(("case", "world_size"), [(c, n) for c, n in EQUAL if c not in INEXACT_METRICS])
 def test_metrics_are_those_of_one_process(job, case: str, world_size: int) -> None:
     one, many = results(job(1), case, 0), results(job(world_size), case, 0)
     np.testing.assert_allclose(many["metrics"], one["metrics"], rtol=1e-4, atol=1e-5)

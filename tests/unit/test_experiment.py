@@ -21,7 +21,13 @@ from shared.experiment import (
 
 # A valid experiment from which every single key can be changed, and what the keys with few values change to.
 BASE = {"optimizer.name": "sgd", "training.per_rank_batch_size": 8, "training.scale_learning_rate": True}
-OTHER_TEXT = {"data.task": "regression", "optimizer.name": "adamw", "partition.kind": "dirichlet"}
+OTHER_TEXT = {
+    "data.task": "regression",
+    "optimizer.name": "adamw",
+    "training.aggregation": "adasum",
+    "partition.kind": "dirichlet",
+    "performance.gradient_grouping": "per_tensor",
+}
 FREE_TO_CHANGE = {"name", "training.epochs", "federation.num_rounds", "federation.silo_timeout_s"}
 KEYS = list(Experiment().to_flat())
 
@@ -58,7 +64,8 @@ def load(tmp_path: Path) -> Callable[..., Experiment]:
 
 def test_toml_and_flat_keys_give_back_an_experiment_of_which_every_key_is_changed(load: Callable[..., Experiment]):
     flat = experiment_from_flat(BASE).to_flat()
-    changed = experiment_from_flat({key: another_value(key, value) for key, value in flat.items()} | BASE)
+    agreeing = BASE | {"performance.predivide_factor": 0.0}  # adasum has none
+    changed = experiment_from_flat({key: another_value(key, value) for key, value in flat.items()} | agreeing)
     assert load(changed.to_toml()) == changed
     assert experiment_from_flat(changed.to_flat()) == changed
 
@@ -218,6 +225,11 @@ RULES = {
         {"data.test_fraction": 0.6, "data.validation_fraction": 0.5},
         ["below 1", "received 1.1"],  # 0.6 + 0.5
         [{"data.test_fraction": 0.4}, {"data.validation_fraction": 0.3}],
+    ),
+    "predivide factor": (
+        {"training.aggregation": "adasum", "performance.predivide_factor": 2.0},
+        ["splits an average", "received 2", "adasum"],
+        [{"training.aggregation": "average"}, {"performance.predivide_factor": 0.0}],
     ),
     "momentum": (
         {"optimizer.momentum": 0.75},

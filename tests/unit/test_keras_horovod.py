@@ -1,13 +1,10 @@
 """What the adapter does before any rank is involved. With ranks: tests/parallel/test_equality.py."""
 
-import os
-
 import keras
 import numpy as np
 import pytest
 
 import dist_train.keras_horovod as hvk
-from dist_train.__main__ import set_threads
 from dist_train.collectives import LocalCommunicator
 
 
@@ -65,16 +62,3 @@ def test_an_optimizer_without_the_hook_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr(keras.src.optimizers.base_optimizer.BaseOptimizer, lacking)
     with pytest.raises(RuntimeError, match=f"lacks {lacking}"):
         hvk.distribute(model, TwoRanks())
-
-
-def test_ranks_share_the_cores_of_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = set(range(8))
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores)
-    for wanted, local_size, expected in [(0, 1, "8"), (0, 4, "2"), (0, 16, "1"), (3, 4, "3")]:
-        for variable in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
-            monkeypatch.setenv(variable, "")  # so that it is put back as it was after the test
-            monkeypatch.delenv(variable)
-        communicator = LocalCommunicator()
-        communicator.local_size = local_size
-        set_threads(wanted, communicator)
-        assert os.environ["TF_NUM_INTRAOP_THREADS"] == expected
