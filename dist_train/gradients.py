@@ -69,6 +69,7 @@ class GradientReduction:
         self._num_factors = self._num_moments = 0  # collectives so far in this step: part of their names
         self._terms_are_weighted = False  # the loss's terms have their factors
         self._is_divided = False  # the loss is divided by the predivide factor
+        self.has_reduced = False  # in this step
 
     @property
     def weights_losses(self) -> bool:
@@ -81,7 +82,7 @@ class GradientReduction:
         self._num_examples = tf.cast(num_examples, tf.float32)
         self._factor = None
         self._num_factors = self._num_moments = 0
-        self._terms_are_weighted = self._is_divided = False
+        self._terms_are_weighted = self._is_divided = self.has_reduced = False
         try:
             yield
         finally:
@@ -111,6 +112,7 @@ class GradientReduction:
     def reduce(self, grads: Sequence[Any]) -> list[Any]:
         """The gradients of the global batch. Sparse ones (of embeddings) stay sparse: their rows are gathered."""
         grads = list(grads)
+        self.has_reduced = True
         if self.aggregation.op == "adasum":
             return self._adasum(grads)
         if self._num_examples is not None and not self._terms_are_weighted:  # a custom step with a loss of its own

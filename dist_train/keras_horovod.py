@@ -302,7 +302,13 @@ def _distribute_model(model: keras.Model, communicator: Communicator, reduction:
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         use_rank_losses(model, reduction)
         with reduction.step(tf.shape(keras.tree.flatten(x)[0])[0]):
-            return plain_train_step(data)
+            logs = plain_train_step(data)
+        if not reduction.has_reduced and not (tf.executing_eagerly() and model.optimizer.gradient_accumulation_steps):
+            raise RuntimeError(
+                "This train step took no gradients through the compiled optimizer, so they stayed local. Apply them "
+                "with self.optimizer; for optimizers of your own write a loop with hvk.DistributedGradientTape."
+            )
+        return logs
 
     def compute_loss(*args: Any, **kwargs: Any) -> Any:
         loss = plain_compute_loss(*args, **kwargs)

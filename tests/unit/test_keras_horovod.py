@@ -1,8 +1,11 @@
 """What the adapter does before any rank is involved. With ranks: tests/parallel/test_equality.py."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import dist_train.keras_horovod as hvk
 from dist_train.collectives import LocalCommunicator
@@ -62,3 +65,149 @@ def test_an_optimizer_without_the_hook_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr(keras.src.optimizers.base_optimizer.BaseOptimizer, lacking)
     with pytest.raises(RuntimeError, match=f"lacks {lacking}"):
         hvk.distribute(model, TwoRanks())
+
+
+class OptimizerOfItsOwn(keras.Model):
+    """A train step past the compiled optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = keras.layers.Dense(1)
+        self.own_optimizer = keras.optimizers.SGD(0.1)
+
+    def call(self, x):
+        return self.head(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        grads = tape.gradient(loss, self.trainable_variables)
+        self.own_optimizer.apply_gradients(zip(grads, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+def test_gradients_that_pass_the_compiled_optimizer_by_are_refused() -> None:
+    """As they would in a Keras that no longer calls the hooked method: they would stay local without a word."""
+    model = OptimizerOfItsOwn()
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    hvk.distribute(model, TwoRanks())
+    x = np.ones((4, 2), np.float32)
+    with pytest.raises(RuntimeError, match="stayed local"):
+        model.fit(x, x[:, :1], verbose=0)
+
+
+def test_a_keras_that_no_longer_calls_the_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compiled()
+    hvk.distribute(model, TwoRanks())
+    monkeypatch.setattr(
+        keras.src.optimizers.base_optimizer.BaseOptimizer,
+        "_backend_apply_gradients",
+        lambda self, grads, variables: self._backend_update_step(grads, variables, self.learning_rate),
+    )
+    x = np.ones((4, 2), np.float32)
+    with pytest.raises(RuntimeError, match="stayed local"):
+        model.fit(x, x[:, :1], verbose=0)
+
+
+class OverGloo(TwoRanks):
+    def why_no_adasum(self) -> str:
+        return "Adasum needs ranks that talk over MPI"
+
+
+def test_adasum_is_refused_where_it_cannot_work() -> None:
+    with pytest.raises(ValueError, match="MPI"):
+        hvk.distribute(compiled(), OverGloo(), aggregation=hvk.Aggregation(op="adasum"))
+    hvk.distribute(compiled(), TwoRanks(), aggregation=hvk.Aggregation(op="adasum"))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"op": "sum"}, "received 'sum'"),
+        ({"grouping": "some"}, "received 'some'"),
+        ({"predivide_factor": 0.0}, "must be positive; received 0.0"),
+        ({"op": "adasum", "predivide_factor": 2.0}, "received op='adasum'"),
+    ],
+)
+def test_aggregations_that_make_no_sense_are_refused(options: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        hvk.Aggregation(**options)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_distributed_optimizer_is_saved_as_the_plain_one(own: bool, tmp_path: Path) -> None:
+    model = compiled()
+    if own:
+        model.compile(UsersOwn(0.5), "mse", jit_compile=False)
+    plain = type(model.optimizer)
+    hvk.distribute(model, TwoRanks())
+    assert type(model.optimizer) is not plain
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is plain
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+
+
+@keras.saving.register_keras_serializable("tests of the adapter")
+class UsersOwn(keras.optimizers.Optimizer):
+    def update_step(self, gradient, variable, learning_rate):
+        variable.assign_sub(gradient * learning_rate)
+
+
+def test_synchronised_batch_norm_is_saved_as_the_plain_one(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(), "mse", jit_compile=False)
+    hvk.distribute(model, TwoRanks(), sync_batch_norm=True)
+    assert type(model.layers[0]) is not keras.layers.BatchNormalization
+    model.save(tmp_path / "model.keras")
+    assert type(keras.models.load_model(tmp_path / "model.keras").layers[0]) is keras.layers.BatchNormalization
+
+
+# --- callbacks
+
+
+def rates(callback: keras.callbacks.Callback, epochs: int, optimizer: keras.optimizers.Optimizer) -> list[float]:
+    """The learning rate of each step, two an epoch."""
+    seen: list[float] = []
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(optimizer, "mse", jit_compile=False)
+    see = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(float(model.optimizer.learning_rate))
+    )
+    x = np.ones((4, 2), np.float32)
+    model.fit(x, x[:, :1], batch_size=2, epochs=epochs, verbose=0, callbacks=[callback, see])
+    return seen
+
+
+def test_warmup_climbs_linearly_to_the_compiled_rate_and_stays() -> None:
+    found = rates(hvk.LearningRateWarmup(4, warmup_epochs=2), 4, keras.optimizers.SGD(0.8))
+    np.testing.assert_allclose(found, [0.2, 0.35, 0.5, 0.65, 0.8, 0.8, 0.8, 0.8], rtol=1e-6)
+
+
+def test_a_schedule_multiplies_the_compiled_rate_between_its_epochs() -> None:
+    schedule = hvk.LearningRateSchedule(lambda epoch: 0.1**epoch, first_epoch=1, last_epoch=3)
+    np.testing.assert_allclose(
+        rates(schedule, 4, keras.optimizers.SGD(0.8)), [0.8, 0.8, 0.08, 0.08, 0.008, 0.008, 0.008, 0.008], rtol=1e-6
+    )
+
+
+def test_a_rate_that_follows_a_schedule_of_its_own_is_refused() -> None:
+    scheduled = keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 10))
+    with pytest.raises(ValueError, match="received an optimizer with a CosineDecay"):
+        rates(hvk.LearningRateWarmup(4, warmup_epochs=1), 1, scheduled)
+
+
+class Another(TwoRanks):
+    """Rank 0 of two, of which the other logs 3."""
+
+    def all_gather_object(self, value: dict) -> list[dict]:
+        return [value, {"norm": 3.0}]
+
+
+def test_logs_of_other_callbacks_are_averaged_over_ranks() -> None:
+    logs = {"norm": 1.0, "loss": 5.0}
+    hvk.AverageLogs(Another(), "norm").on_epoch_end(0, logs)
+    assert logs == {"norm": 2.0, "loss": 5.0}
+    with pytest.raises(ValueError, match=r"received 'loss', logged by ranks \[0\]"):
+        hvk.AverageLogs(Another(), "loss").on_epoch_end(0, logs)
