@@ -30,6 +30,7 @@ import hashlib
 import inspect
 import itertools
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,13 +104,8 @@ def distribute(
         raise ValueError("distribute(model) takes a compiled model; this one is not. Call model.compile(...) first.")
     if communicator.world_size == 1 or hasattr(model.optimizer, "_archipelago"):
         return model
-    if model.jit_compile is True:
-        raise ValueError(
-            "XLA cannot hold a collective; received jit_compile=True. Compile with jit_compile=False: the optimizer's "
-            "update goes through XLA all the same (compile_update)."
-        )
     _check(aggregation, communicator)
-    model.jit_compile = False
+    _switch_off_xla(model)
     _check_hooks(model)
     num_bytes = tf.Variable(0, dtype=tf.int64, trainable=False)
     reduction = GradientReduction(communicator, aggregation, f"gradients{next(_ids)}", num_bytes)
@@ -350,6 +346,18 @@ def _sum_metric_states(metrics: Sequence[keras.metrics.Metric], communicator: Co
     states = communicator.all_gather_object([np.asarray(v) for v in variables])
     for variable, *by_rank in zip(variables, *states, strict=True):
         variable.assign(np.sum(by_rank, axis=0, dtype=by_rank[0].dtype))
+
+
+def _switch_off_xla(model: keras.Model) -> None:
+    if model.jit_compile:
+        told = (
+            "XLA cannot hold a collective; received jit_compile=True. Compile with jit_compile=False: the optimizer's "
+            "update goes through XLA all the same (compile_update)."
+        )
+        if not tf.config.list_physical_devices("GPU"):
+            raise ValueError(told)
+        warnings.warn(told, stacklevel=3)  # there Keras's default "auto" has become True as well
+    model.jit_compile = False
 
 
 def _check_hooks(model: keras.Model) -> None:
