@@ -19,14 +19,14 @@ export TF_CPP_MIN_LOG_LEVEL   ?= 2
 export FLWR_TELEMETRY_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train federate report test test-mutations lint format clean distclean
+.PHONY: help setup demo train federate report test test-mutations bench-distributed lint format clean distclean
 
 help: ## list the targets and the variables
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  Variables: EXPERIMENT=FILE  NP=ranks  SILOS=silos  RUN_DIR=DIR  RESUME=1'
 	@echo '             SET="section.key=value ..."'
-	@echo '             RUNS="DIR ..."  OUTPUT=FILE  ARGS="for pytest"  MPI=1  GPU=1  PYTHON=python3.12'
+	@echo '             RUNS="DIR ..."  OUTPUT=FILE  ARGS="for pytest or the benchmark"  MPI=1  GPU=1  PYTHON=python3.12'
 
 setup: ## make .venv with the pinned packages and Horovod (MPI=1: with MPI too; GPU=1: for GPUs)
 	@$(or $(PYTHON),$(error Archipelago needs Python 3.11 or 3.12 and found none: run apt-get install python3.11 python3.11-venv)) \
@@ -50,6 +50,9 @@ test: setup ## run all tests (ARGS="-k name" for some)
 test-mutations: setup ## plant known mistakes and check that the tests find them
 	$(BIN)/python -m tests.mutations.run
 
+bench-distributed: setup ## compare the speed of training on ranks with others' (ARGS="--rounds 1" for a quick look)
+	$(BIN)/python -m benchmarks.distributed $(ARGS)
+
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -61,7 +64,7 @@ format: setup ## put the code into the one format
 
 clean: ## remove caches and build leftovers; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find . \( -name .git -o -name .venv -o -name runs \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -name .git -o -name ".venv*" -o -name runs \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
-	rm -rf .venv
+	rm -rf .venv .venv-torch

@@ -1,0 +1,128 @@
+"""What a benchmark leaves behind: samples, goals and the machine's facts, as a JSON file and as tables."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from rich.table import Table
+
+Samples: TypeAlias = Mapping[str, Mapping[str, Sequence[float]]]  # contender, then model (or case): figures
+Medians: TypeAlias = dict[str, dict[str, float]]
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure and its bound. A figure that could not be measured is None, and its goal is not met.
+
+    >>> Goal("vs_other", 1.25, bound=1.3).met
+    False
+    """
+
+    name: str
+    value: float | None
+    bound: float
+    comparison: Literal[">=", "<="] = ">="
+
+    @property
+    def met(self) -> bool:
+        if self.value is None:
+            return False
+        return self.value >= self.bound if self.comparison == ">=" else self.value <= self.bound
+
+    @property
+    def condition(self) -> str:
+        return f"{self.comparison} {self.bound}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, "value": self.value, "goal": self.condition, "met": self.met}
+
+
+def medians(samples: Samples) -> Medians:
+    """The median of each non-empty list of figures."""
+    return {
+        contender: {case: statistics.median(figures) for case, figures in cases.items() if figures}
+        for contender, cases in samples.items()
+    }
+
+
+def ratio(of: Medians, numerator: str, denominator: str, case: str) -> float | None:
+    """One contender's median over another's; None if either was not measured."""
+    above, below = of.get(numerator, {}).get(case), of.get(denominator, {}).get(case)
+    return None if above is None or not below else above / below
+
+
+def machine_facts(packages: Iterable[str]) -> dict[str, Any]:
+    """The processor, the cores this process may use, kernel, Python, load at this moment, and installed versions."""
+    return {
+        "cpu": cpu_name(CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.is_file() else ""),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),  # work of others; some of it the benchmark may suffer from
+        "versions": versions(packages),
+    }
+
+
+def cpu_name(cpu_info: str) -> str:
+    """The processor's name from the text of /proc/cpuinfo, or its architecture where that has none."""
+    for line in cpu_info.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed here."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_results(
+    path: Path, machine: Mapping[str, Any], samples: Samples, goals: Sequence[Goal], failures: Mapping[str, str]
+) -> None:
+    """Writes {"machine", "samples", "goals", "failures"} as JSON; `failures` tells why a contender has no value."""
+    results = {
+        "machine": machine,
+        "samples": samples,
+        "goals": [goal.as_json() for goal in goals],
+        "failures": failures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".partial")
+    draft.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def medians_table(of: Medians, cases: Sequence[str], title: str) -> Table:
+    """A row for each contender, a column for each case."""
+    table = Table("contender", title=title)
+    for case in cases:
+        table.add_column(case, justify="right")
+    for contender, found in of.items():
+        table.add_row(contender, *(f"{found[case]:,.0f}" if case in found else "-" for case in cases))
+    return table
+
+
+def goals_table(goals: Sequence[Goal], title: str = "Goals") -> Table:
+    """A row for each goal: its figure, its bound, and whether it is met."""
+    table = Table("name", title=title)
+    for column in ("value", "goal", "met"):
+        table.add_column(column, justify="right")
+    for goal in goals:
+        value = "not measured" if goal.value is None else f"{goal.value:.3f}"
+        table.add_row(goal.name, value, goal.condition, "[green]yes[/]" if goal.met else "[red]no[/]")
+    return table

@@ -1,0 +1,184 @@
+"""What all contenders of the distributed benchmark share: the models, the data, the clock and the core of a rank.
+
+The processes of PyTorch read this file too, in an environment without Keras: only `keras_model` imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from shared.seeding import rng_for
+
+if TYPE_CHECKING:
+    import keras
+
+SEED = 0
+NUM_RANKS = 2
+NUM_CLASSES = 10
+LEARNING_RATE = 1e-3
+NUM_SLICES = 3
+SLICE_S = 0.8  # of a plain training loop
+TRIAL_STEPS = 4  # the first steps are slower: these warm up, and as many tell how long a step takes
+NUM_EXAMPLES = 2048  # that a plain training loop repeats
+
+PIXELS = 784
+IMAGE_SHAPE = (32, 32, 3)
+NUM_TOKENS, TOKENS_PER_TEXT = 5000, 128
+WIDTH, NUM_HEADS, NUM_BLOCKS = 128, 4, 2
+
+# What launchers tell a rank: horovodrun, mpirun, and the orchestrator as torchrun does.
+LOCAL_RANK_VARIABLES = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, with the examples per rank and step, and the parameters that it has in every framework."""
+
+    name: str
+    kind: Literal["vectors", "images", "texts"]
+    batch_size: int
+    num_parameters: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return NUM_RANKS * self.batch_size
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("mlp", "vectors", batch_size=64, num_parameters=669_706),
+        Workload("cnn", "images", batch_size=32, num_parameters=582_026),
+        Workload("transformer", "texts", batch_size=16, num_parameters=1_037_834),
+        Workload("dense", "vectors", batch_size=32, num_parameters=14_217_226),
+    )
+}
+
+
+def examples(workload: Workload, num_examples: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random examples of a rank, determined by (SEED, rank): x (float32, or int32 tokens) and class ids (int32)."""
+    rng = rng_for(SEED, "benchmark", workload.name, rank)
+    y = rng.integers(NUM_CLASSES, size=num_examples, dtype=np.int32)
+    if workload.kind == "texts":
+        return rng.integers(NUM_TOKENS, size=(num_examples, TOKENS_PER_TEXT), dtype=np.int32), y
+    shape = (PIXELS,) if workload.kind == "vectors" else IMAGE_SHAPE
+    return rng.random((num_examples, *shape), dtype=np.float32), y
+
+
+def keras_model(workload: Workload) -> keras.Model:
+    """The model with the weights that SEED gives, the same on all ranks; its outputs are logits."""
+    import keras
+
+    keras.utils.set_random_seed(SEED)
+    build = {"mlp": _mlp, "cnn": _cnn, "transformer": _transformer, "dense": _dense}[workload.name]
+    model = build()
+    check_size(workload, model.count_params())
+    return model
+
+
+def check_size(workload: Workload, num_parameters: int) -> None:
+    """Raises RuntimeError if a framework's model is not the one that the others train."""
+    if num_parameters != workload.num_parameters:
+        raise RuntimeError(f"{workload.name} has {workload.num_parameters} parameters; received {num_parameters}.")
+
+
+def _mlp() -> keras.Model:
+    from keras import Sequential, layers
+
+    hidden = [layers.Dense(512, "relu") for _ in range(2)]
+    return Sequential([layers.Input((PIXELS,)), *hidden, layers.Dense(NUM_CLASSES)])
+
+
+def _dense() -> keras.Model:
+    from keras import Sequential, layers
+
+    hidden = [layers.Dense(2048, "relu") for _ in range(4)]
+    return Sequential([layers.Input((PIXELS,)), *hidden, layers.Dense(NUM_CLASSES)])
+
+
+def _cnn() -> keras.Model:
+    from keras import Sequential, layers
+
+    def convolution(num_filters: int) -> keras.layers.Layer:
+        return layers.Conv2D(num_filters, 3, activation="relu", padding="same")
+
+    features = [convolution(32), layers.MaxPool2D(), convolution(64), layers.MaxPool2D(), convolution(64)]
+    head = [layers.Flatten(), layers.Dense(128, "relu"), layers.Dense(NUM_CLASSES)]
+    return Sequential([layers.Input(IMAGE_SHAPE), *features, *head])
+
+
+def _transformer() -> keras.Model:
+    from keras import Model, layers
+
+    tokens = layers.Input((TOKENS_PER_TEXT,), dtype="int32")
+    x = layers.Embedding(NUM_TOKENS, WIDTH)(tokens)
+    for _ in range(NUM_BLOCKS):
+        y = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(NUM_HEADS, WIDTH // NUM_HEADS)(y, y)
+        y = layers.Dense(4 * WIDTH, activation="gelu")(layers.LayerNormalization()(x))
+        x = x + layers.Dense(WIDTH)(y)
+    return Model(tokens, layers.Dense(NUM_CLASSES)(layers.GlobalAveragePooling1D()(x)))
+
+
+def throughput(run: Callable[[int], object], mean: Callable[[float], float], examples_per_step: int) -> list[float]:
+    """Examples per second of a plain training loop, in NUM_SLICES slices of about SLICE_S after a warm-up.
+
+    `run(n)` trains n steps to their end; `mean` is the mean over ranks, which must take the same number of steps.
+    """
+    run(TRIAL_STEPS)
+    steps = num_steps(mean(seconds(run, TRIAL_STEPS) / TRIAL_STEPS), SLICE_S)
+    return [examples_per_step * steps / seconds(run, steps) for _ in range(NUM_SLICES)]
+
+
+def seconds(run: Callable[[int], object], steps: int) -> float:
+    started = time.perf_counter()
+    run(steps)
+    return time.perf_counter() - started
+
+
+def num_steps(seconds_per_step: float, wanted_s: float) -> int:
+    """How many steps take about so long; at least 3.
+
+    >>> num_steps(0.25, 1.5)
+    6
+    """
+    return max(3, round(wanted_s / seconds_per_step))
+
+
+def check_equal_weights(weights: Sequence[np.ndarray], mean: Callable[[float], float]) -> None:
+    """Raises RuntimeError unless all ranks hold the same weights, to 1e-4: they trained on different examples, so
+    only gradients that were exchanged leave them equal. Compares the projection of the weights on random signs.
+    """
+    rng, signs = np.random.default_rng(SEED), np.array([-1, 1], np.float32)
+    own = math.fsum(float(np.dot(w.ravel(), rng.choice(signs, w.size))) for w in weights)
+    other = mean(own)
+    if not math.isclose(own, other, rel_tol=1e-4, abs_tol=1e-4):
+        raise RuntimeError(f"The ranks hold different weights after training: {own} here, {other} on average.")
+
+
+def local_rank() -> int:
+    """The number of this process among the ranks of the host, from its launcher; 0 without one."""
+    return next((int(os.environ[name]) for name in LOCAL_RANK_VARIABLES if name in os.environ), 0)
+
+
+def pin_to_core(rank: int) -> None:
+    """Keeps this process, the threads it has and those to come, on the rank-th of the cores it was given."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) <= rank:
+        raise ValueError(f"Each rank needs a core of its own; received {len(cores)} for rank {rank}.")
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {cores[rank]})
+
+
+def write_samples(path: Path, samples: dict[str, list[float]]) -> None:
+    """What a contender's process hands to the orchestrator: examples per second by model."""
+    path.write_text(json.dumps(samples), encoding="utf-8")
