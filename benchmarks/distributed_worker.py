@@ -12,6 +12,7 @@ collectives.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,6 @@ from benchmarks.workloads import (
     NUM_RANKS,
     NUM_SLICES,
     SEED,
-    TRIAL_STEPS,
     WORKLOADS,
     Workload,
     check_equal_weights,
@@ -43,6 +43,7 @@ from benchmarks.workloads import (
 )
 
 EPOCH_S = 1.5  # long enough that the start of an epoch does not count for much
+STEPS_PER_EXECUTION = 10  # what the trainer sets for epochs of 100 steps and more
 
 # Prepares the process, and returns this rank and what measures a workload: examples per second over all ranks.
 Measure: TypeAlias = Callable[[Workload], list[float]]
@@ -51,21 +52,19 @@ Prepare: TypeAlias = Callable[[], tuple[int, Measure]]
 
 def dist_train() -> tuple[int, Measure]:
     import dist_train.keras_horovod as hvk
-    from dist_train.__main__ import set_threads
     from shared.data import Dataset
     from shared.training import EpochBatches, fit_epochs
 
-    communicator = hvk.init()
-    set_threads(1, communicator)
+    communicator = hvk.init(threads_per_rank=1)
 
     def mean(value: float) -> float:
         return float(np.mean(communicator.all_gather_object(value)))
 
     def measure(workload: Workload) -> list[float]:
-        model = hvk.distribute(compiled(workload), communicator)
+        model = hvk.distribute(compiled(workload, STEPS_PER_EXECUTION), communicator)
 
         def run_epochs(steps: int, epochs: int) -> EpochTimer:
-            timer = EpochTimer()
+            timer = EpochTimer(STEPS_PER_EXECUTION)
             x, y = examples(workload, steps * workload.global_batch_size, rank=0)
             batches = EpochBatches(
                 Dataset(x, y, NUM_CLASSES),
@@ -185,10 +184,10 @@ def adam() -> keras.optimizers.Optimizer:
     return keras.optimizers.Adam(LEARNING_RATE)
 
 
-def compiled(workload: Workload) -> keras.Model:
+def compiled(workload: Workload, steps_per_execution: int = 1) -> keras.Model:
     model = keras_model(workload)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(adam(), loss, metrics=["accuracy"], jit_compile=False)
+    model.compile(adam(), loss, metrics=["accuracy"], steps_per_execution=steps_per_execution, jit_compile=False)
     return model
 
 
@@ -219,10 +218,11 @@ def measure_loop(
 class EpochTimer(keras.callbacks.Callback):
     """Times each epoch of a fit, from on_epoch_begin to the last on_train_batch_end."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps_per_execution: int = 1) -> None:
         super().__init__()
+        self.steps_per_execution = steps_per_execution
         self.seconds: list[float] = []
-        self.seconds_per_step = 0.0  # of the last epoch, its first step not counted
+        self.seconds_per_step = 0.0  # of the last epoch, its first execution not counted
 
     def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
         self.started = time.perf_counter()
@@ -233,14 +233,16 @@ class EpochTimer(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: object = None) -> None:
         self.seconds.append(self.ends[-1] - self.started)
-        self.seconds_per_step = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+        self.seconds_per_step = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) / self.steps_per_execution
 
 
 def throughput_of_epochs(
     run_epochs: Callable[[int, int], EpochTimer], mean: Callable[[float], float], examples_per_step: int
 ) -> list[float]:
     """Examples per second of fit, in NUM_SLICES epochs of about EPOCH_S; the epochs before them warm up."""
-    steps = num_steps(mean(run_epochs(TRIAL_STEPS, 2).seconds_per_step), EPOCH_S)
+    trial = run_epochs(2 * STEPS_PER_EXECUTION, 2)
+    steps = num_steps(mean(trial.seconds_per_step), EPOCH_S)
+    steps = max(2, math.ceil(steps / STEPS_PER_EXECUTION)) * STEPS_PER_EXECUTION
     return [examples_per_step * steps / seconds for seconds in run_epochs(steps, 1 + NUM_SLICES).seconds[1:]]
 
 
