@@ -19,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL   ?= 2
 export FLWR_TELEMETRY_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train federate report test test-mutations bench-distributed lint format clean distclean
+.PHONY: help setup demo train federate report test test-mutations bench-distributed bench-scaling lint format clean distclean
 
 help: ## list the targets and the variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ test-mutations: setup ## plant known mistakes and check that the tests find them
 
 bench-distributed: setup ## compare the speed of training on ranks with others' (ARGS="--rounds 1" for a quick look)
 	$(BIN)/python -m benchmarks.distributed $(ARGS)
+
+bench-scaling: setup ## what ranks cost as the model grows: step, memory, start-up
+	$(BIN)/python -m benchmarks.distributed_scaling $(ARGS)
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """The data set as a value: arrays, their schema, and deterministic splits."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -46,6 +47,13 @@ class Dataset:
     @property
     def schema(self) -> Schema:
         return Schema(self.x.shape[1:], self.num_classes)
+
+    def sha256(self) -> str:
+        """Of the examples in their order: equal for equal data."""
+        digest = hashlib.sha256(repr(self.x.shape).encode())
+        for array in (self.x, self.y, self.sample_weight):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def take(self, indices: np.ndarray) -> Self:
         weight = None if self.sample_weight is None else self.sample_weight[indices]

@@ -278,3 +278,15 @@ def test_the_optimizers_own_count_of_steps_drives_the_warm_up():
     for step, expected in ((0, 0.02), (3, 0.02 * 2.5), (6, 0.08), (9, 0.08)):
         job.model.optimizer.iterations.assign(step)
         assert float(job.model.optimizer.learning_rate) == pytest.approx(expected, rel=1e-6)
+
+
+def test_ranks_with_other_data_are_refused_before_anything_is_written(tmp_path: Path):
+    class BesideAnother(LocalCommunicator):
+        """The second rank has loaded something else."""
+
+        def all_gather_object(self, value: Any) -> list[Any]:
+            return [value, "f00dcafe"] if isinstance(value, str) else [value, value]
+
+    with pytest.raises(ValueError, match=r"the same training examples; received .*'f00dcafe'"):
+        train(experiment(tmp_path / "run", SMALL), BesideAnother())
+    assert not (tmp_path / "run").exists()
