@@ -69,5 +69,5 @@ clean: ## remove caches and build leftovers; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . \( -name .git -o -name ".venv*" -o -name runs \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## remove .venv too
+distclean: clean ## remove .venv and .venv-torch too
 	rm -rf .venv .venv-torch

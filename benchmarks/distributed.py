@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if goals:
         console.print(goals_table(goals))
     for name, reason in failures.items():
-        console.print(f"{name} was not measured: {reason}", style="red")
+        console.print(f"{name} was not measured: {reason}", style="red", markup=False)
     console.print(f"All samples: {options.output}")
     return 0
 
