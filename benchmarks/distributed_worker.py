@@ -43,7 +43,7 @@ from benchmarks.workloads import (
 )
 
 EPOCH_S = 1.5  # long enough that the start of an epoch does not count for much
-STEPS_PER_EXECUTION = 10  # what the trainer sets for epochs of 100 steps and more
+STEPS_PER_EXECUTION = 1  # the experiment's default
 
 # Prepares the process, and returns this rank and what measures a workload: examples per second over all ranks.
 Measure: TypeAlias = Callable[[Workload], list[float]]

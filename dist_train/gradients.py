@@ -5,7 +5,9 @@ of the mean over the whole global batch is
 
     g = 1/N sum_r f_r g_r,    f_r = N D_r / sum_s D_s,
 
-with a factor of its own for each term of the loss that divides by something else.
+with a factor of its own for each term of the loss that divides by something else. Learning sum_s D_s takes a collective
+before the backward pass, which costs a small model more than all of its gradients. So where nothing stands between the
+sum and the update (`defers`), rank r sends D_r g_r with D_r beside it, in one collective, and divides afterwards.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ class GradientReduction:
         self._num_examples: tf.Tensor | None = None  # of this rank's batch; None outside of a step
         self._factor: tf.Tensor | None = None  # of the examples, once asked for
         self._num_factors = self._num_moments = 0  # collectives so far in this step: part of their names
+        self._defers = False
         self._terms_are_weighted = False  # the loss's terms have their factors
         self._is_divided = False  # the loss is divided by the predivide factor
         self.has_reduced = False  # in this step
@@ -77,16 +80,20 @@ class GradientReduction:
         return self._num_examples is not None and self.aggregation.op == "average"
 
     @contextmanager
-    def step(self, num_examples: tf.Tensor) -> Iterator[None]:
-        """Within: one train step on so many examples of this rank is being traced."""
+    def step(self, num_examples: tf.Tensor, defers: bool = False) -> Iterator[None]:
+        """Within: one train step on so many examples of this rank is being traced.
+
+        `defers`: the gradients are divided by the global number of examples after their sum.
+        """
         self._num_examples = tf.cast(num_examples, tf.float32)
         self._factor = None
+        self._defers = defers
         self._num_factors = self._num_moments = 0
         self._terms_are_weighted = self._is_divided = self.has_reduced = False
         try:
             yield
         finally:
-            self._num_examples = None
+            self._num_examples, self._defers = None, False
 
     def weight_term(self, value: tf.Tensor, denominator: tf.Tensor | None) -> tf.Tensor:
         """A term of the loss whose gradient is that of rank r's part of the global mean, times N; same value.
@@ -94,32 +101,52 @@ class GradientReduction:
         `denominator` is D_r, None for the number of examples.
         """
         self._terms_are_weighted = True
+        if denominator is None and self._defers:
+            return value
         factor = self._example_factor() if denominator is None else self._factor_of(denominator)
+        if self._defers:  # the whole loss gets the examples' factor in the end
+            factor = tf.math.divide_no_nan(factor, self._example_factor())
         return _scale_gradient(value, tf.cast(factor, value.dtype))
 
     def weight_sum(self, value: tf.Tensor) -> tf.Tensor:
         """The same for a term that is a sum over examples: D_r = 1 and the global term is the ranks' sum."""
         self._terms_are_weighted = True
-        return _scale_gradient(value, tf.cast(self.communicator.world_size, value.dtype))
+        factor = tf.cast(self.communicator.world_size, tf.float32)
+        if self._defers:
+            factor = tf.math.divide_no_nan(factor, self._example_factor())
+        return _scale_gradient(value, tf.cast(factor, value.dtype))
 
     def divide_loss(self, loss: tf.Tensor) -> tf.Tensor:
-        """Divides the loss before its gradient is taken, which costs nothing: 1/p of the mean's 1/N."""
+        """Weighs the loss before its gradient is taken, which costs nothing: by D_r, or by 1/p of the mean's 1/N."""
         if not self.weights_losses:
             return loss
         self._is_divided = True
+        if self._defers:
+            return loss * tf.cast(self._num_examples, loss.dtype)
         return loss / tf.cast(self._predivide_factor, loss.dtype)
 
     def reduce(self, grads: Sequence[Any]) -> list[Any]:
         """The gradients of the global batch. Sparse ones (of embeddings) stay sparse: their rows are gathered."""
         grads = list(grads)
         self.has_reduced = True
+        self._count([g for g in grads if g is not None])
         if self.aggregation.op == "adasum":
             return self._adasum(grads)
+        if self._defers:
+            return self._divided_afterwards(grads)
         if self._num_examples is not None and not self._terms_are_weighted:  # a custom step with a loss of its own
             grads = [_scaled(g, self._example_factor()) for g in grads]
         if not self._is_divided:  # a custom step that never called scale_loss, or a gradient tape
             grads = [_scaled(g, 1.0 / self._predivide_factor) for g in grads]
         return self.sum_over_ranks(grads, scale=self._predivide_factor / self.communicator.world_size)
+
+    def _divided_afterwards(self, grads: list[Any]) -> list[Any]:
+        """sum_r D_r g_r / sum_r D_r, the denominator summed in the same collective."""
+        if not self._is_divided:
+            grads = [_scaled(g, self._num_examples) for g in grads]
+        assert self._num_examples is not None
+        *sums, total = self.sum_over_ranks([*grads, self._num_examples[None]], scale=1.0)
+        return [_scaled(g, 1.0 / total[0]) for g in sums]
 
     def global_moments(self, mean: tf.Tensor, variance: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The mean and the variance of all ranks' entries, from those of each rank's `count` entries; differentiable.
@@ -143,7 +170,6 @@ class GradientReduction:
         """`scale` times the gradients' sums."""
         dense = [i for i, g in enumerate(grads) if g is not None and not isinstance(g, tf.IndexedSlices)]
         sparse = [i for i, g in enumerate(grads) if isinstance(g, tf.IndexedSlices)]
-        self._count([grads[i] for i in (*dense, *sparse)])
         for number, group in enumerate(self._groups(grads, dense)):
             sums = self.communicator.all_reduce_sum([grads[i] for i in group], f"{self.name}.{number}", scale)
             for i, total in zip(group, sums, strict=True):
@@ -188,7 +214,6 @@ class GradientReduction:
     def _adasum(self, grads: list[Any]) -> list[Any]:
         given = [i for i, g in enumerate(grads) if g is not None]
         dense = [tf.convert_to_tensor(grads[i]) for i in given]
-        self._count(dense)
         for i, combined in zip(given, self.communicator.all_reduce_adasum(dense, self.name), strict=True):
             grads[i] = combined
         return grads

@@ -42,7 +42,7 @@ from keras.src.saving import object_registration
 
 from dist_train.callbacks import AverageLogs, LearningRateSchedule, LearningRateWarmup, Synchronise
 from dist_train.collectives import Communicator, connect, place_on_host
-from dist_train.gradients import Aggregation, GradientReduction, use_rank_losses
+from dist_train.gradients import GROUPED_UP_TO_BYTES, Aggregation, GradientReduction, use_rank_losses
 from dist_train.resources import prepare_process, use_own_gpu
 
 __all__ = [
@@ -297,7 +297,7 @@ def _distribute_model(model: keras.Model, communicator: Communicator, reduction:
     def train_step(data: Any) -> Any:
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         use_rank_losses(model, reduction)
-        with reduction.step(tf.shape(keras.tree.flatten(x)[0])[0]):
+        with reduction.step(tf.shape(keras.tree.flatten(x)[0])[0], _defers(model, reduction.aggregation)):
             logs = plain_train_step(data)
         if not reduction.has_reduced and not (tf.executing_eagerly() and model.optimizer.gradient_accumulation_steps):
             raise RuntimeError(
@@ -320,6 +320,18 @@ def _distribute_model(model: keras.Model, communicator: Communicator, reduction:
         object.__setattr__(model, name, hook)
     if model._distribute_strategy is None:  # lets fit build model and optimizer before on_train_begin broadcasts them
         object.__setattr__(model, "_distribute_strategy", tf.distribute.get_strategy())
+
+
+def _defers(model: keras.Model, aggregation: Aggregation) -> bool:
+    """Whether gradients may be divided after their sum: one group, which nothing scales, checks or adds up before."""
+    optimizer = model.optimizer
+    num_bytes = sum(int(np.prod(v.shape)) * 4 for v in model.trainable_variables)
+    is_one_group = aggregation.grouping == "grouped" or (
+        aggregation.grouping == "auto" and num_bytes <= GROUPED_UP_TO_BYTES
+    )
+    is_plain = aggregation.op == "average" and aggregation.predivide_factor is None
+    is_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor is not None
+    return is_one_group and is_plain and not is_scaled and not optimizer.gradient_accumulation_steps
 
 
 def _synchronise_batch_norm(model: keras.Model, reduction: GradientReduction) -> None:

@@ -126,7 +126,7 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
     schema = splits.train.schema
     model = build_model(experiment.model, schema, experiment.seed)
     rate = learning_rate(experiment, world_size, steps_per_epoch=len(batches))
-    compile_model(model, experiment, schema, rate, steps_per_epoch=len(batches))
+    compile_model(model, experiment, schema, rate)
     distribute(
         model,
         communicator,

@@ -55,23 +55,8 @@ def make_loss(name: str, schema: Schema) -> keras.losses.Loss:
     return classes[name](from_logits=True) if wants_logits else classes[name]()
 
 
-def steps_per_execution(wanted: int, steps_per_epoch: int) -> int:
-    """How many steps run between two looks of Keras's callbacks; 0 wanted: a tenth of an epoch, 1 to 10.
-
-    So progress is still told ten times an epoch, while what Keras does in Python is paid once in up to ten steps.
-
-    >>> [steps_per_execution(0, steps) for steps in (5, 40, 1000)]
-    [1, 4, 10]
-    """
-    return wanted or max(1, min(10, steps_per_epoch // 10))
-
-
 def compile_model(
-    model: keras.Model,
-    experiment: Experiment,
-    schema: Schema,
-    learning_rate: LearningRate | None = None,
-    steps_per_epoch: int = 0,
+    model: keras.Model, experiment: Experiment, schema: Schema, learning_rate: LearningRate | None = None
 ) -> keras.Model:
     """Compiles in place: optimizer, loss, and accuracy (classes) or mean absolute error (numbers)."""
     metric = (
@@ -83,7 +68,7 @@ def compile_model(
         optimizer=make_optimizer(experiment.optimizer, learning_rate or experiment.optimizer.learning_rate),
         loss=make_loss(experiment.training.loss, schema),
         metrics=[metric],
-        steps_per_execution=steps_per_execution(experiment.performance.steps_per_execution, steps_per_epoch),
+        steps_per_execution=experiment.performance.steps_per_execution,
         jit_compile=False,  # XLA cannot hold a collective, and its rounding differs: one path keeps all runtimes equal
     )
     return model
@@ -152,9 +137,7 @@ class EpochBatches:
                 lambda step: tuple(tf.gather(array, indices[bounds[step] : bounds[step + 1]]) for array in arrays)
             )
 
-        options = tf.data.Options()
-        options.threading.private_threadpool_size = 1
-        batches = tf.data.Dataset.range(1).flat_map(begin_pass).prefetch(2).with_options(options)
+        batches = tf.data.Dataset.range(1).flat_map(begin_pass).prefetch(2)
         return batches.apply(tf.data.experimental.assert_cardinality(len(self)))
 
 
