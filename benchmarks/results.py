@@ -1,6 +1,5 @@
 """What a benchmark leaves behind: samples, goals and the machine's facts, as a JSON file and as tables."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from rich.table import Table
+
+from shared.run_record import installed_versions
 
 Samples: TypeAlias = Mapping[str, Mapping[str, Sequence[float]]]  # contender, then model (or case): figures
 Medians: TypeAlias = dict[str, dict[str, float]]
@@ -67,7 +68,7 @@ def machine_facts(packages: Iterable[str]) -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load": round(os.getloadavg()[0], 2),  # work of others; some of it the benchmark may suffer from
-        "versions": versions(packages),
+        "versions": installed_versions(packages),
     }
 
 
@@ -78,17 +79,6 @@ def cpu_name(cpu_info: str) -> str:
         if key.strip() == "model name":
             return value.strip()
     return platform.machine()
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed here."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_results(

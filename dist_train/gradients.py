@@ -6,8 +6,8 @@ of the mean over the whole global batch is
     g = 1/N sum_r f_r g_r,    f_r = N D_r / sum_s D_s,
 
 with a factor of its own for each term of the loss that divides by something else. Learning sum_s D_s takes a collective
-before the backward pass, which costs a small model more than all of its gradients. So where nothing stands between the
-sum and the update (`defers`), rank r sends D_r g_r with D_r beside it, in one collective, and divides afterwards.
+that the backward pass waits for. So where nothing stands between the gradients' sum
+and the update (`defers`), rank r sends D_r g_r with D_r beside it, in one collective, and divides afterwards.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import keras
 import tensorflow as tf
+from keras.src.losses.loss import apply_mask
 
 from dist_train.collectives import Communicator
 
@@ -55,6 +56,10 @@ class Aggregation:
         if self.op == "adasum" and self.predivide_factor is not None:
             raise ValueError("predivide_factor splits an average; received op='adasum'. Leave one of them out.")
 
+    def is_grouped(self, num_bytes: int) -> bool:
+        """Whether gradients of so many bytes are reduced at once."""
+        return self.grouping == "grouped" or (self.grouping == "auto" and num_bytes <= GROUPED_UP_TO_BYTES)
+
 
 class GradientReduction:
     """Reduces one model's gradients. Its state lives while TensorFlow traces one train step (`step`)."""
@@ -71,7 +76,7 @@ class GradientReduction:
         self._num_factors = self._num_moments = 0  # collectives so far in this step: part of their names
         self._defers = False
         self._terms_are_weighted = False  # the loss's terms have their factors
-        self._is_divided = False  # the loss is divided by the predivide factor
+        self._is_divided = False  # the loss has been through divide_loss
         self.has_reduced = False  # in this step
 
     @property
@@ -197,11 +202,8 @@ class GradientReduction:
         return tf.math.divide_no_nan(denominator * self.communicator.world_size, total)
 
     def _groups(self, grads: list[Any], dense: list[int]) -> list[list[int]]:
-        grouping = self.aggregation.grouping
-        if grouping == "auto":
-            num_bytes = sum((grads[i].shape.num_elements() or 0) * grads[i].dtype.size for i in dense)
-            grouping = "grouped" if num_bytes <= GROUPED_UP_TO_BYTES else "per_tensor"
-        if grouping == "per_tensor":
+        num_bytes = sum((grads[i].shape.num_elements() or 0) * grads[i].dtype.size for i in dense)
+        if not self.aggregation.is_grouped(num_bytes):
             return [[i] for i in dense]
         dtypes = sorted({grads[i].dtype.name for i in dense})  # one collective holds one dtype
         return [[i for i in dense if grads[i].dtype.name == dtype] for dtype in dtypes]
@@ -242,12 +244,7 @@ class RankLoss:
         """What Keras divides this loss by, up to a constant; None: the number of examples."""
         mask = getattr(y_pred, "_keras_mask", None)
         if self.loss.reduction == "mean_with_sample_weight" and sample_weight is not None:  # type: ignore[attr-defined]
-            weight = tf.cast(sample_weight, tf.float32)
-            if mask is None:
-                return tf.reduce_sum(weight)
-            mask = tf.cast(mask, tf.float32)
-            missing = mask.shape.rank - weight.shape.rank  # one weight per sequence, or one per entry
-            return tf.reduce_sum(mask * tf.reshape(weight, tf.concat([tf.shape(weight), [1] * missing], 0)))
+            return tf.reduce_sum(apply_mask(sample_weight, mask, "float32", self.loss.reduction))  # type: ignore[attr-defined]
         if mask is not None:
             return tf.reduce_sum(tf.cast(mask, tf.float32))
         if isinstance(y_pred, tf.Tensor) and not y_pred.shape[1:].is_fully_defined():  # ranks may pad differently

@@ -42,7 +42,7 @@ from keras.src.saving import object_registration
 
 from dist_train.callbacks import AverageLogs, LearningRateSchedule, LearningRateWarmup, Synchronise
 from dist_train.collectives import Communicator, connect, place_on_host
-from dist_train.gradients import GROUPED_UP_TO_BYTES, Aggregation, GradientReduction, use_rank_losses
+from dist_train.gradients import Aggregation, GradientReduction, use_rank_losses
 from dist_train.resources import prepare_process, use_own_gpu
 
 __all__ = [
@@ -59,8 +59,8 @@ __all__ = [
 
 # Methods of Keras that the adapter hooks. A Keras without one of them would leave gradients local: refuse it.
 OPTIMIZER_HOOKS = ("apply", "scale_loss", "_clip_gradients", "_backend_update_step")
-MODEL_HOOKS = ("fit", "train_step", "compute_loss", "_get_metrics_result_or_logs")
-MODEL_INTERNALS = ("_distribute_strategy", "_compile_loss", "_compute_loss_has_training_arg")
+MODEL_HOOKS = ("fit", "train_step", "_get_metrics_result_or_logs")
+MODEL_INTERNALS = ("_distribute_strategy", "_compile_loss")
 # XLA makes one pass over memory of an update's ten, but takes longer to compile the more variables there are.
 MAX_COMPILED_VARIABLES = 300
 
@@ -257,6 +257,10 @@ def _distribute_optimizer(
 
 def _swap_class(thing: Any, mixin: type, **attributes: Any) -> None:
     """Makes the object's class a subclass of itself with `mixin` in front, which Keras saves as the plain class."""
+    for name, value in attributes.items():
+        object.__setattr__(thing, name, value)  # past Keras's tracking: no part of the object's state
+    if isinstance(thing, mixin):  # a layer of a model that was compiled and distributed before
+        return
     plain = type(thing)
     if (mixin, plain) not in _distributed_classes:
         namespace = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
@@ -269,16 +273,13 @@ def _swap_class(thing: Any, mixin: type, **attributes: Any) -> None:
             object_registration.GLOBAL_CUSTOM_NAMES[distributed] = registered_name
         _distributed_classes[mixin, plain] = distributed
     thing.__class__ = _distributed_classes[mixin, plain]
-    for name, value in attributes.items():
-        object.__setattr__(thing, name, value)  # past Keras's tracking: no part of the object's state
 
 
 def _distribute_model(model: keras.Model, communicator: Communicator, reduction: GradientReduction) -> None:
     """Hooks the model's methods on the instance, so that its class, and what is saved of it, stays as it is."""
     for name in MODEL_HOOKS:
         vars(model).pop(name, None)  # of an earlier compile
-    plain_fit, plain_train_step = model.fit, model.train_step
-    plain_compute_loss, plain_results = model.compute_loss, model._get_metrics_result_or_logs
+    plain_fit, plain_train_step, plain_results = model.fit, model.train_step, model._get_metrics_result_or_logs
 
     def fit(*args: Any, **kwargs: Any) -> Any:
         if not hasattr(model.optimizer, "_archipelago"):
@@ -296,7 +297,7 @@ def _distribute_model(model: keras.Model, communicator: Communicator, reduction:
 
     def train_step(data: Any) -> Any:
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        use_rank_losses(model, reduction)
+        use_rank_losses(model, reduction)  # built by the symbolic step that fit begins with
         with reduction.step(tf.shape(keras.tree.flatten(x)[0])[0], _defers(model, reduction.aggregation)):
             logs = plain_train_step(data)
         if not reduction.has_reduced and not (tf.executing_eagerly() and model.optimizer.gradient_accumulation_steps):
@@ -306,17 +307,12 @@ def _distribute_model(model: keras.Model, communicator: Communicator, reduction:
             )
         return logs
 
-    def compute_loss(*args: Any, **kwargs: Any) -> Any:
-        loss = plain_compute_loss(*args, **kwargs)
-        use_rank_losses(model, reduction)  # built by this very call, in the symbolic step that fit begins with
-        return loss
-
     def results(logs: Any) -> Any:
         _sum_metric_states(model.metrics, communicator)
         _average_batch_statistics(model, communicator)
         return plain_results(logs)
 
-    for name, hook in zip(MODEL_HOOKS, (fit, train_step, compute_loss, results), strict=True):
+    for name, hook in zip(MODEL_HOOKS, (fit, train_step, results), strict=True):
         object.__setattr__(model, name, hook)
     if model._distribute_strategy is None:  # lets fit build model and optimizer before on_train_begin broadcasts them
         object.__setattr__(model, "_distribute_strategy", tf.distribute.get_strategy())
@@ -326,12 +322,11 @@ def _defers(model: keras.Model, aggregation: Aggregation) -> bool:
     """Whether gradients may be divided after their sum: one group, which nothing scales, checks or adds up before."""
     optimizer = model.optimizer
     num_bytes = sum(int(np.prod(v.shape)) * 4 for v in model.trainable_variables)
-    is_one_group = aggregation.grouping == "grouped" or (
-        aggregation.grouping == "auto" and num_bytes <= GROUPED_UP_TO_BYTES
-    )
     is_plain = aggregation.op == "average" and aggregation.predivide_factor is None
     is_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor is not None
-    return is_one_group and is_plain and not is_scaled and not optimizer.gradient_accumulation_steps
+    return (
+        aggregation.is_grouped(num_bytes) and is_plain and not is_scaled and not optimizer.gradient_accumulation_steps
+    )
 
 
 def _synchronise_batch_norm(model: keras.Model, reduction: GradientReduction) -> None:

@@ -76,6 +76,7 @@ def learning_rate(experiment: Experiment, world_size: int, steps_per_epoch: int)
 
 
 def aggregation(experiment: Experiment) -> Aggregation:
+    """How the experiment wants its ranks' gradients reduced."""
     performance = experiment.performance
     return Aggregation(
         op=experiment.training.aggregation,

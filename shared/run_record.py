@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -111,7 +111,7 @@ class RunRecord:
             "seconds": round(self.seconds, 3),
             "weights_sha256": weights_sha256(model.get_weights()),
             "experiment_sha256": self.experiment.sha256(),
-            "versions": _versions(),
+            "versions": {"python": platform.python_version(), **installed_versions(VERSIONED)},
         }
         _write_atomically(self.directory / "result.json", json.dumps({**common, **result}, indent=2) + "\n")
 
@@ -148,9 +148,10 @@ def _write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in VERSIONED:
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed here."""
+    found = {}
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -8,6 +8,7 @@ The case "facts" stands for what else the ranks are asked: resume, refusals, dro
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,13 @@ def masked_case() -> tuple[Dataset, keras.losses.Loss]:
 
 TOKENS, TOKEN_LOSS = masked_case()
 CASES["masked_tokens"] = (MaskedTokens, lambda: optimizers.SGD(0.2), TOKEN_LOSS, TOKENS, 1)
+CASES["weighted_masked_mean"] = (
+    MaskedTokens,
+    lambda: optimizers.SGD(0.2),
+    cross_entropy("mean_with_sample_weight"),
+    replace(TOKENS, sample_weight=make_data(229, weighted=True).sample_weight[:, None]),
+    1,
+)
 CASES["two_outputs"] = (
     TwoOutputs,
     lambda: optimizers.SGD(0.1),

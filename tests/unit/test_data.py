@@ -65,6 +65,14 @@ def test_a_schema_tells_the_task_and_the_number_of_outputs():
     assert (Schema((4,), 0).task, Schema((4,), 0).num_outputs) == ("regression", 1)
 
 
+def test_the_hash_of_a_set_tells_any_other_example_target_weight_or_order():
+    x, y = np.arange(6, dtype=np.float32).reshape(3, 2), np.array([0, 1, 1], np.int32)
+    base, weights = Dataset(x, y, 2), np.array([1.0, 2.0, 1.0], np.float32)
+    others = [Dataset(x + 1, y, 2), Dataset(x, 1 - y, 2), Dataset(x, y, 2, weights), base.take(np.array([0, 2, 1]))]
+    assert base.sha256() == Dataset(x.copy(), y.copy(), 2).sha256()
+    assert len({each.sha256() for each in (base, *others)}) == 5
+
+
 def test_taking_examples_takes_their_targets_and_weights_along(numbered: Callable[..., Dataset]):
     taken = numbered(5, weighted=True).take(np.array([3, 1]))
     assert (taken.x[:, 0].tolist(), taken.y.tolist(), taken.sample_weight.tolist()) == ([3, 1], [3, 1], [3, 1])

@@ -164,6 +164,16 @@ def test_synchronised_batch_norm_is_saved_as_the_plain_one(tmp_path: Path) -> No
     assert type(keras.models.load_model(tmp_path / "model.keras").layers[0]) is keras.layers.BatchNormalization
 
 
+def test_a_layer_is_synchronised_once_however_often_its_model_is_compiled() -> None:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
+    for _ in range(2):
+        model.compile(keras.optimizers.SGD(), "mse", jit_compile=False)
+        hvk.distribute(model, TwoRanks(), sync_batch_norm=True)
+    assert [base.__name__ for base in type(model.layers[0]).__mro__].count("_GlobalMoments") == 1
+    assert type(model.layers[0]).__mro__[2] is keras.layers.BatchNormalization
+    assert model.layers[0]._archipelago is model.optimizer._archipelago
+
+
 # --- callbacks
 
 
