@@ -138,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     samples = {name: measure(WORKLOADS[name]) for name in options.models}
     if dist.get_rank() == 0:
         write_samples(options.output, samples)
+    dist.barrier()  # the first to leave takes the store with it
     dist.destroy_process_group()
     return 0
 

@@ -3,7 +3,7 @@
 dist_train    this project: distribute(model), then epochs of shared.training
 bare_horovod  a plain loop around Horovod's DistributedGradientTape, in Horovod's own settings
 mwms          the same loop under MultiWorkerMirroredStrategy, with the ring of TensorFlow's collectives
-one_process   Keras's own fit on all cores, with the batch of all ranks: what there is without ranks
+one_process   the same epochs in one process on all cores, with the batch of all ranks: what there is without ranks
 
 Ranks are pinned to one core each and compute with one thread. No contender uses XLA, which cannot hold Horovod's
 collectives.
@@ -12,7 +12,6 @@ collectives.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,9 +40,10 @@ from benchmarks.workloads import (
     throughput,
     write_samples,
 )
+from shared.data import Dataset
+from shared.training import EpochBatches, fit_epochs
 
 EPOCH_S = 1.5  # long enough that the start of an epoch does not count for much
-STEPS_PER_EXECUTION = 1  # the experiment's default
 
 # Prepares the process, and returns this rank and what measures a workload: examples per second over all ranks.
 Measure: TypeAlias = Callable[[Workload], list[float]]
@@ -52,8 +52,6 @@ Prepare: TypeAlias = Callable[[], tuple[int, Measure]]
 
 def dist_train() -> tuple[int, Measure]:
     import dist_train.keras_horovod as hvk
-    from shared.data import Dataset
-    from shared.training import EpochBatches, fit_epochs
 
     communicator = hvk.init(threads_per_rank=1)
 
@@ -61,22 +59,8 @@ def dist_train() -> tuple[int, Measure]:
         return float(np.mean(communicator.all_gather_object(value)))
 
     def measure(workload: Workload) -> list[float]:
-        model = hvk.distribute(compiled(workload, STEPS_PER_EXECUTION), communicator)
-
-        def run_epochs(steps: int, epochs: int) -> EpochTimer:
-            timer = EpochTimer(STEPS_PER_EXECUTION)
-            x, y = examples(workload, steps * workload.global_batch_size, rank=0)
-            batches = EpochBatches(
-                Dataset(x, y, NUM_CLASSES),
-                workload.global_batch_size,
-                SEED,
-                rank=communicator.rank,
-                world_size=communicator.world_size,
-            )
-            fit_epochs(model, batches, first_epoch=0, last_epoch=epochs, callbacks=[timer])
-            return timer
-
-        found = throughput_of_epochs(run_epochs, mean, workload.global_batch_size)
+        model = hvk.distribute(compiled(workload), communicator)
+        found = throughput_of_epochs(model, workload, mean, communicator.rank, communicator.world_size)
         check_equal_weights(model.get_weights(), mean)
         return found
 
@@ -84,18 +68,7 @@ def dist_train() -> tuple[int, Measure]:
 
 
 def one_process() -> tuple[int, Measure]:
-    def measure(workload: Workload) -> list[float]:
-        model = compiled(workload)
-
-        def run_epochs(steps: int, epochs: int) -> EpochTimer:
-            timer = EpochTimer()
-            x, y = examples(workload, steps * workload.global_batch_size, rank=0)
-            model.fit(x, y, batch_size=workload.global_batch_size, epochs=epochs, verbose=0, callbacks=[timer])
-            return timer
-
-        return throughput_of_epochs(run_epochs, float, workload.global_batch_size)
-
-    return 0, measure
+    return 0, lambda workload: throughput_of_epochs(compiled(workload), workload, mean=float)
 
 
 def bare_horovod() -> tuple[int, Measure]:
@@ -184,10 +157,10 @@ def adam() -> keras.optimizers.Optimizer:
     return keras.optimizers.Adam(LEARNING_RATE)
 
 
-def compiled(workload: Workload, steps_per_execution: int = 1) -> keras.Model:
+def compiled(workload: Workload) -> keras.Model:
     model = keras_model(workload)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(adam(), loss, metrics=["accuracy"], steps_per_execution=steps_per_execution, jit_compile=False)
+    model.compile(adam(), loss, metrics=["accuracy"], jit_compile=False)
     return model
 
 
@@ -218,11 +191,10 @@ def measure_loop(
 class EpochTimer(keras.callbacks.Callback):
     """Times each epoch of a fit, from on_epoch_begin to the last on_train_batch_end."""
 
-    def __init__(self, steps_per_execution: int = 1) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.steps_per_execution = steps_per_execution
         self.seconds: list[float] = []
-        self.seconds_per_step = 0.0  # of the last epoch, its first execution not counted
+        self.seconds_per_step = 0.0  # of the last epoch, its first step not counted
 
     def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
         self.started = time.perf_counter()
@@ -233,17 +205,25 @@ class EpochTimer(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: object = None) -> None:
         self.seconds.append(self.ends[-1] - self.started)
-        self.seconds_per_step = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) / self.steps_per_execution
+        self.seconds_per_step = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
 
 
 def throughput_of_epochs(
-    run_epochs: Callable[[int, int], EpochTimer], mean: Callable[[float], float], examples_per_step: int
+    model: keras.Model, workload: Workload, mean: Callable[[float], float], rank: int = 0, world_size: int = 1
 ) -> list[float]:
     """Examples per second of fit, in NUM_SLICES epochs of about EPOCH_S; the epochs before them warm up."""
-    trial = run_epochs(2 * STEPS_PER_EXECUTION, 2)
-    steps = num_steps(mean(trial.seconds_per_step), EPOCH_S)
-    steps = max(2, math.ceil(steps / STEPS_PER_EXECUTION)) * STEPS_PER_EXECUTION
-    return [examples_per_step * steps / seconds for seconds in run_epochs(steps, 1 + NUM_SLICES).seconds[1:]]
+
+    def run_epochs(steps: int, epochs: int) -> EpochTimer:
+        x, y = examples(workload, steps * workload.global_batch_size, rank=0)
+        dataset = Dataset(x, y, NUM_CLASSES)
+        batches = EpochBatches(dataset, workload.global_batch_size, SEED, rank=rank, world_size=world_size)
+        timer = EpochTimer()
+        fit_epochs(model, batches, first_epoch=0, last_epoch=epochs, callbacks=[timer])
+        return timer
+
+    steps = max(2, num_steps(mean(run_epochs(steps=2, epochs=2).seconds_per_step), EPOCH_S))
+    seconds = run_epochs(steps, 1 + NUM_SLICES).seconds[1:]
+    return [workload.global_batch_size * steps / each for each in seconds]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -138,7 +138,9 @@ class EpochBatches:
             )
 
         batches = tf.data.Dataset.range(1).flat_map(begin_pass).prefetch(2)
-        return batches.apply(tf.data.experimental.assert_cardinality(len(self)))
+        options = tf.data.Options()
+        options.autotune.enabled = False  # nothing to tune, and the end of each pass waits for its thread: up to a pass
+        return batches.apply(tf.data.experimental.assert_cardinality(len(self))).with_options(options)
 
 
 class StartEpoch(keras.callbacks.Callback):

@@ -28,8 +28,6 @@ STARTED_S = time.monotonic()
 STAMP_NAME = "archipelago-setup.json"
 STAGES = ("packages", "horovod", "project")
 MAX_BUILD_JOBS = 16  # Horovod has about 100 sources, and compiling one can take 1 GB
-# The one source that needs XLA headers, which TensorFlow no longer ships; its ops are off by default.
-DROPPED_SOURCE = "xla_mpi_ops.cc"
 # Variables that would reach into the new environment, or into Horovod's build.
 UNWANTED = (
     "PYTHON(DONTWRITEBYTECODE|PATH|HOME)|PIP_(USER|TARGET|PREFIX)|(GNU)?M(AKE)?FLAGS|MAKELEVEL|"
@@ -39,6 +37,30 @@ UNWANTED = (
 
 class SetupError(Exception):
     """What the user must know and do, in one sentence."""
+
+
+class Mend(NamedTuple):
+    """A change to Horovod's source: in the file at `path`, `old`, which must occur exactly once, becomes `new`."""
+
+    path: str
+    old: str
+    new: str
+
+
+MENDS = (
+    # Needs XLA headers, which TensorFlow no longer ships; its ops are off by default.
+    Mend(
+        "horovod/tensorflow/CMakeLists.txt",
+        'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n',
+        "",
+    ),
+    # While another thread holds the lock, Gloo's polls for it; on one core, until its time slice (4 ms) is over.
+    Mend(
+        "third_party/gloo/gloo/transport/tcp/pair.cc",
+        "  if (!lock) {\n    return;\n",
+        "  if (!lock) {\n    std::this_thread::yield();\n    return;\n",
+    ),
+)
 
 
 class Setup(NamedTuple):
@@ -99,7 +121,7 @@ def check_build_tools(setup: Setup) -> None:
 def hashes(setup: Setup) -> Dict[str, str]:
     """For each stage of STAGES in turn: a hash over all that its result depends on."""
     packages = [str(VERSION), str(setup.venv), platform.python_version(), str(setup.gpu), setup.pins()]
-    horovod = [*packages, str(setup.mpi)]
+    horovod = [*packages, str(setup.mpi), str(MENDS)]
     project = [*horovod, (setup.root / "pyproject.toml").read_text(encoding="utf-8")]
     digests = [hashlib.sha256("\0".join(pieces).encode()).hexdigest() for pieces in (packages, horovod, project)]
     return dict(zip(STAGES, digests, strict=True))
@@ -205,7 +227,7 @@ def wheel_folder(setup: Setup) -> Path:
     tensorflow = "tensorflow" if setup.gpu else "tensorflow-cpu"
     key = [f"{name}-{pins.get(name)}" for name in ("horovod", tensorflow)]
     key += ["python-{}.{}".format(*sys.version_info), f"{sys.platform}-{platform.machine()}"]
-    key += ["gloo" + "-mpi" * setup.mpi + "-nccl" * setup.gpu]
+    key += ["gloo" + "-mpi" * setup.mpi + "-nccl" * setup.gpu, hashlib.sha256(str(MENDS).encode()).hexdigest()[:8]]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "archipelago" / "wheels" / "_".join(key)
 
@@ -215,17 +237,17 @@ def kept_wheel(setup: Setup) -> Optional[Path]:
     return next(wheel_folder(setup).glob("horovod-*.whl"), None)
 
 
-def mend_cmake_lists(text: str) -> str:
-    """Takes the line naming xla_mpi_ops.cc out of horovod/tensorflow/CMakeLists.txt; exactly one line must name it."""
-    lines = text.splitlines(keepends=True)
-    kept = [line for line in lines if DROPPED_SOURCE not in line]
-    num_named = len(lines) - len(kept)
-    if num_named != 1:
-        raise SetupError(
-            f"Horovod's CMakeLists.txt must name {DROPPED_SOURCE} in exactly one line; received {num_named}: pin the "
-            "version in requirements/horovod.txt that tools/bootstrap.py was made for."
-        )
-    return "".join(kept)
+def mend(source: Path, mends: Sequence[Mend] = MENDS) -> None:
+    """Makes the changes to the unpacked source; raises SetupError if one does not fit."""
+    for path, old, new in mends:
+        file = source / path
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if text.count(old) != 1:
+            raise SetupError(
+                f"Horovod's {path} must hold exactly one {old.strip()!r}; received {text.count(old)}: pin the version "
+                "in requirements/horovod.txt that tools/bootstrap.py was made for."
+            )
+        file.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def build_environment(setup: Setup) -> Dict[str, str]:
@@ -263,8 +285,7 @@ def build_wheel(setup: Setup) -> Path:
         archive = next(folder.glob("horovod-*.tar.gz"))
         shutil.unpack_archive(str(archive), name)
         source = folder / archive.name[: -len(".tar.gz")]
-        cmake_lists = source / "horovod" / "tensorflow" / "CMakeLists.txt"
-        cmake_lists.write_text(mend_cmake_lists(cmake_lists.read_text(encoding="utf-8")), encoding="utf-8")
+        mend(source)
         remedy = "Horovod could not be built: try another compiler, with CXX="
         arguments = ("wheel", *options, "--no-cache-dir", "-w", folder / "wheel", source)
         run_pip(setup, remedy, *arguments, environment=build_environment(setup))

@@ -185,14 +185,32 @@ def test_wheels_are_kept_apart_by_all_that_changes_a_build(project: Path) -> Non
     assert bootstrap.wheel_folder(wanted(project)) == folder
 
 
-def test_the_mend_takes_out_the_one_line_and_nothing_else() -> None:
-    before = 'list(APPEND TF_SOURCES "mpi_ops.cc")\n'
-    line = 'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n'
-    after = "\nset_output_dir()"
-    assert bootstrap.mend_cmake_lists(before + line + after) == before + after
-    for num_named in (0, 2):
-        with pytest.raises(bootstrap.SetupError, match=f"exactly one line; received {num_named}"):
-            bootstrap.mend_cmake_lists(before + line * num_named + after)
+def test_a_mend_changes_the_one_place_and_nothing_else(tmp_path: Path) -> None:
+    change = bootstrap.Mend("folder/file.cc", "  bad();\n", "  good();\n")
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / change.path
+    file.write_text("before();\n  bad();\nafter();\n")
+    bootstrap.mend(tmp_path, [change])
+    assert file.read_text() == "before();\n  good();\nafter();\n"
+    for num_found, text in enumerate(["none\n", "  bad();\n", "  bad();\n  bad();\n"]):
+        if num_found != 1:
+            file.write_text(text)
+            with pytest.raises(bootstrap.SetupError, match=f"exactly one 'bad\\(\\);'; received {num_found}: pin"):
+                bootstrap.mend(tmp_path, [change])
+    file.unlink()
+    with pytest.raises(bootstrap.SetupError, match="received 0"):
+        bootstrap.mend(tmp_path, [change])
+
+
+def test_another_mend_is_another_wheel_and_another_environment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = wanted(project)
+    folder, hashes = bootstrap.wheel_folder(setup), bootstrap.hashes(setup)
+    monkeypatch.setattr(bootstrap, "MENDS", bootstrap.MENDS[:1])
+    assert bootstrap.wheel_folder(setup) != folder
+    assert [stage for stage in bootstrap.STAGES if bootstrap.hashes(setup)[stage] != hashes[stage]] == [
+        "horovod",
+        "project",
+    ]
 
 
 def test_the_build_sees_only_its_own_options(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
