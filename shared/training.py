@@ -106,11 +106,14 @@ class EpochBatches:
         self.seed, self.owner = seed, owner
         self.rank, self.world_size = rank, world_size
         self.slices = batch_slices(len(dataset), batch_size)
+        self._order_in_graphs: tf.Variable | None = None  # what `as_tf_dataset` gathers: this rank's examples in order
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
         """The epoch whose order `__getitem__`, and every pass through `as_tf_dataset` begun from now on, follows."""
         self.order = rng_for(self.seed, "epoch order", self.owner, epoch).permutation(len(self.dataset))
+        if self._order_in_graphs is not None:
+            self._order_in_graphs.assign(np.concatenate([self.indices(step) for step in range(len(self))]))
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -123,24 +126,22 @@ class EpochBatches:
         return as_fit_data(self.dataset.take(self.indices(step)))
 
     def as_tf_dataset(self) -> tf.data.Dataset:
-        """The same batches, gathered by TensorFlow beside the training: each pass reads the order as it is then."""
-        arrays = tuple(tf.convert_to_tensor(array) for array in as_fit_data(self.dataset))
+        """The same batches, gathered by TensorFlow beside the training: a pass is one epoch."""
+        parts = [self.indices(step) for step in range(len(self))]
+        bounds = np.cumsum([0, *map(len, parts)])  # the same in every epoch
+        with tf.device("CPU:0"):
+            arrays = tuple(tf.convert_to_tensor(array) for array in as_fit_data(self.dataset))
+            self._order_in_graphs = order = tf.Variable(np.concatenate(parts), trainable=False)
 
-        def all_indices() -> tuple[np.ndarray, np.ndarray]:
-            parts = [self.indices(step) for step in range(len(self))]
-            return np.concatenate(parts), np.cumsum([0, *map(len, parts)])
+        def gather(start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            indices = order[start:stop]
+            return tuple(tf.gather(array, indices) for array in arrays)
 
-        def begin_pass(_: tf.Tensor) -> tf.data.Dataset:
-            indices, bounds = tf.numpy_function(all_indices, [], (tf.int64, tf.int64), stateful=True)
-            indices.set_shape([None])
-            return tf.data.Dataset.range(len(self)).map(
-                lambda step: tuple(tf.gather(array, indices[bounds[step] : bounds[step + 1]]) for array in arrays)
-            )
-
-        batches = tf.data.Dataset.range(1).flat_map(begin_pass).prefetch(2)
         options = tf.data.Options()
         options.autotune.enabled = False  # nothing to tune, and the end of each pass waits for its thread: up to a pass
-        return batches.apply(tf.data.experimental.assert_cardinality(len(self))).with_options(options)
+        return (
+            tf.data.Dataset.from_tensor_slices((bounds[:-1], bounds[1:])).map(gather).prefetch(2).with_options(options)
+        )
 
 
 class StartEpoch(keras.callbacks.Callback):
