@@ -5,8 +5,8 @@ bare_horovod  a plain loop around Horovod's DistributedGradientTape, in Horovod'
 mwms          the same loop under MultiWorkerMirroredStrategy, with the ring of TensorFlow's collectives
 one_process   the same epochs in one process on all cores, with the batch of all ranks: what there is without ranks
 
-Ranks are pinned to one core each and compute with one thread. No contender uses XLA, which cannot hold Horovod's
-collectives.
+Ranks are pinned to one core each and compute with one thread. Only dist_train uses XLA, for the
+optimizer's update, as it does by default.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ of the mean over the whole global batch is
     g = 1/N sum_r f_r g_r,    f_r = N D_r / sum_s D_s,
 
 with a factor of its own for each term of the loss that divides by something else. Learning sum_s D_s takes a collective
-that the backward pass waits for. So where nothing stands between the gradients' sum
-and the update (`defers`), rank r sends D_r g_r with D_r beside it, in one collective, and divides afterwards.
+that the backward pass waits for. So where nothing stands between the gradients' sum and the update (`defers`), rank r
+sends D_r g_r with D_r beside it, in one collective, and divides afterwards.
 """
 
 from __future__ import annotations
