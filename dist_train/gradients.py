@@ -77,6 +77,7 @@ class GradientReduction:
         self._defers = False
         self._terms_are_weighted = False  # the loss's terms have their factors
         self._is_divided = False  # the loss has been through divide_loss
+        self._divisor: tf.Tensor | None = None  # of the sums that `reduce` returned, until `divided` is called
         self.has_reduced = False  # in this step
 
     @property
@@ -95,6 +96,7 @@ class GradientReduction:
         self._defers = defers
         self._num_factors = self._num_moments = 0
         self._terms_are_weighted = self._is_divided = self.has_reduced = False
+        self._divisor = None
         try:
             yield
         finally:
@@ -131,27 +133,37 @@ class GradientReduction:
         return loss / tf.cast(self._predivide_factor, loss.dtype)
 
     def reduce(self, grads: Sequence[Any]) -> list[Any]:
-        """The gradients of the global batch. Sparse ones (of embeddings) stay sparse: their rows are gathered."""
+        """The gradients of the global batch, once `divided`. Sparse ones (of embeddings) stay sparse: their rows are
+        gathered.
+        """
         grads = list(grads)
         self.has_reduced = True
         self._count([g for g in grads if g is not None])
         if self.aggregation.op == "adasum":
             return self._adasum(grads)
         if self._defers:
-            return self._divided_afterwards(grads)
+            return self._undivided_sums(grads)
         if self._num_examples is not None and not self._terms_are_weighted:  # a custom step with a loss of its own
             grads = [_scaled(g, self._example_factor()) for g in grads]
         if not self._is_divided:  # a custom step that never called scale_loss, or a gradient tape
             grads = [_scaled(g, 1.0 / self._predivide_factor) for g in grads]
         return self.sum_over_ranks(grads, scale=self._predivide_factor / self.communicator.world_size)
 
-    def _divided_afterwards(self, grads: list[Any]) -> list[Any]:
-        """sum_r D_r g_r / sum_r D_r, the denominator summed in the same collective."""
+    def divided(self, grads: Sequence[Any]) -> list[Any]:
+        """What `reduce` returned, divided by what it has left to divide by. A pass over memory, so where XLA compiles
+        the update it belongs there. Once per `reduce`: another call changes nothing.
+        """
+        divisor, self._divisor = self._divisor, None
+        return list(grads) if divisor is None else [_scaled(g, 1.0 / divisor) for g in grads]
+
+    def _undivided_sums(self, grads: list[Any]) -> list[Any]:
+        """sum_r D_r g_r; the divisor sum_r D_r comes in the same collective."""
         if not self._is_divided:
             grads = [_scaled(g, self._num_examples) for g in grads]
         assert self._num_examples is not None
         *sums, total = self.sum_over_ranks([*grads, self._num_examples[None]], scale=1.0)
-        return [_scaled(g, 1.0 / total[0]) for g in sums]
+        self._divisor = total[0]
+        return sums
 
     def global_moments(self, mean: tf.Tensor, variance: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The mean and the variance of all ranks' entries, from those of each rank's `count` entries; differentiable.

@@ -167,7 +167,13 @@ class _ReduceBeforeClipping:
         return super().scale_loss(self._archipelago.divide_loss(loss))  # type: ignore[misc]
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
-        return super()._clip_gradients(self._archipelago.reduce(grads))  # type: ignore[misc]
+        clip = super()._clip_gradients  # type: ignore[misc]
+        reduced = self._archipelago.reduce(grads)
+        is_kerass = clip.__func__ is keras.optimizers.Optimizer._clip_gradients
+        clips = not is_kerass or any((self.clipnorm, self.global_clipnorm, self.clipvalue))  # type: ignore[attr-defined]
+        if clips or not _compiles_update(self, grads):  # else the update divides
+            reduced = self._archipelago.divided(reduced)
+        return clip(reduced)
 
 
 class _ReduceBeforeFiniteCheck:
@@ -186,13 +192,17 @@ class _CompileUpdate:
     """Mixed into an optimizer's class: the update of all variables as one XLA program."""
 
     _max_compiled_variables: int
+    _reduction: GradientReduction
 
     def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
-        update = super()._backend_update_step  # type: ignore[misc]
-        if len(grads) > self._max_compiled_variables or tf.executing_eagerly():
-            update(grads, trainable_variables, learning_rate)
+        def update() -> None:
+            step = super(_CompileUpdate, self)._backend_update_step  # type: ignore[misc]
+            step(self._reduction.divided(grads), trainable_variables, learning_rate)
+
+        if _compiles_update(self, grads):
+            tf.function(update, jit_compile=True, autograph=False)()
         else:
-            tf.function(lambda: update(grads, trainable_variables, learning_rate), jit_compile=True, autograph=False)()
+            update()
 
 
 class _GlobalMoments:
@@ -250,9 +260,13 @@ def _distribute_optimizer(
         max_compiled = MAX_COMPILED_VARIABLES if is_kerass and not tf.config.list_physical_devices("GPU") else 0
     else:
         max_compiled = sys.maxsize if compile_update else 0
-    _swap_class(inner or optimizer, _CompileUpdate, _max_compiled_variables=max_compiled)
+    _swap_class(inner or optimizer, _CompileUpdate, _max_compiled_variables=max_compiled, _reduction=reduction)
     hook = _ReduceBeforeClipping if inner is None else _ReduceBeforeFiniteCheck
     _swap_class(optimizer, hook, _archipelago=reduction)
+
+
+def _compiles_update(optimizer: Any, grads: Sequence[Any]) -> bool:
+    return len(grads) <= optimizer._max_compiled_variables and not tf.executing_eagerly()
 
 
 def _swap_class(thing: Any, mixin: type, **attributes: Any) -> None:

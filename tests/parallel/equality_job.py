@@ -228,6 +228,7 @@ CASES["sync_batch_norm"] = (batch_norm, lambda: optimizers.SGD(0.1), cross_entro
 CASES["batch_norm"] = (batch_norm, lambda: optimizers.SGD(0.1), cross_entropy(), UNEVEN, 1)
 CASES["per_tensor"] = (mlp, lambda: optimizers.Adam(0.01), cross_entropy(), UNEVEN, 1)
 CASES["predivided"] = (mlp, lambda: optimizers.Adam(0.01), cross_entropy(), UNEVEN, 1)
+CASES["clipped"] = (mlp, lambda: optimizers.SGD(0.3, global_clipnorm=0.3), cross_entropy(), UNEVEN, 1)
 CASES["warmup"] = (mlp, lambda: optimizers.SGD(0.3, momentum=0.9), cross_entropy(), make_data(), 1)
 CASES["mixed_precision"] = (
     lambda: mlp(dtype="mixed_float16"),
