@@ -50,7 +50,7 @@ test: setup ## run all tests (ARGS="-k name" for some)
 test-mutations: setup ## plant known mistakes and check that the tests find them
 	$(BIN)/python -m tests.mutations.run
 
-bench-distributed: setup ## compare the speed of training on ranks with others' (ARGS="--rounds 1" for a quick look)
+bench-distributed: setup ## compare the speed of training on ranks with others' (ARGS="--slices 3" for a quick look)
 	$(BIN)/python -m benchmarks.distributed $(ARGS)
 
 bench-scaling: setup ## what ranks cost as the model grows: step, memory, start-up

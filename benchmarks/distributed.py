@@ -1,7 +1,7 @@
 """make bench-distributed: the throughput of data-parallel training, all contenders side by side in one run.
 
-Two ranks with a core each train the same four models on the same batches; each round starts every contender in turn, so
-that whatever else the machine does meets them all. The goals are ratios of the medians over all rounds.
+Two ranks with a core each train the same four models on the same batches. All contenders are started at once and take
+turns of a few seconds, so that whatever else the machine does meets them all. The goals are ratios of medians.
 """
 
 import argparse
@@ -10,13 +10,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.contest import ContenderError, Launch, run_contest
 from benchmarks.results import (
     Goal,
     Samples,
@@ -28,7 +28,7 @@ from benchmarks.results import (
     write_results,
 )
 from benchmarks.workloads import NUM_RANKS, WORKLOADS
-from shared.processes import ProcessGroup, child_environment, free_ports
+from shared.processes import child_environment, free_ports
 from tools import bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,10 +37,12 @@ OUTPUT = Path("runs/bench/distributed.json")
 TORCH_ENVIRONMENT = ".venv-torch"
 TORCH_PINS = "benchmark.txt"
 PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "horovod")
-TIMEOUT_S = 300.0  # of one contender in one round, which takes 20 to 90 s
+
+BETWEEN_TURNS_S = 900  # at most
 
 OURS = "dist_train"
 CONTENDERS = (OURS, "bare_horovod", "mwms", "torch_ddp", "one_process")
+UNSTOPPABLE = ("mwms",)  # its ranks count as dead after 10 s without a heartbeat
 # Goal: the contender that ours is compared with, and the least ratio of throughputs by model.
 GOALS = {
     "vs_ddp": ("torch_ddp", {"mlp": 1.0, "cnn": 1.3, "transformer": 1.0, "dense": 1.3}),
@@ -51,30 +53,20 @@ GOALS = {
 UNWANTED = re.compile(r"(HOROVOD|OMPI|PMI|TF|XLA|OMP|KMP|MKL|OPENBLAS|GLOO|TORCH|KERAS)_.*|LOCAL_RANK|RANK|WORLD_SIZE")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One process of a contender: its command, and the variables it needs besides the common ones."""
-
-    command: Sequence[str | Path]
-    variables: Mapping[str, str]
-
-
-class ContenderError(Exception):
-    """Why a contender could not be measured, in a sentence."""
-
-
-def launches(contender: str, models: Sequence[str], output: Path, launcher: str) -> list[Launch]:
-    """The processes to start for a contender; its first rank writes the samples to `output`."""
-    arguments = ["--models", *models, "-o", str(output)]
+def launches(contender: str, models: Sequence[str], num_slices: int, launcher: str, folder: Path) -> list[Launch]:
+    """The processes to start for a contender, whose root reports to `folder`."""
+    arguments = ["--models", *models, "--slices", str(num_slices), "--turns", str(folder)]
     worker: list[str | Path] = [BIN / "python", "-m", "benchmarks.distributed_worker", contender, *arguments]
     if contender == "one_process":
-        return [Launch(worker, {})]
+        return [Launch(worker, environment({}))]
     if contender == "torch_ddp":
         command: list[str | Path] = [torch_python(), "-m", "benchmarks.distributed_torch", *arguments]
-        return [Launch(command, variables) for variables in torch_variables()]
+        return [Launch(command, environment(variables)) for variables in torch_variables()]
     if contender == "mwms":
-        return [Launch(worker, variables) for variables in mwms_variables()]
-    return [Launch([BIN / "horovodrun", launcher, "-np", str(NUM_RANKS), *worker], {})]
+        return [Launch(worker, environment(variables)) for variables in mwms_variables()]
+    horovodrun: list[str | Path] = [BIN / "horovodrun", launcher, "-np", str(NUM_RANKS)]
+    horovodrun += ["--gloo-timeout-seconds", str(BETWEEN_TURNS_S)]  # a rank that was stopped has not vanished
+    return [Launch([*horovodrun, *worker], environment({}))]
 
 
 def mwms_variables() -> list[dict[str, str]]:
@@ -136,65 +128,12 @@ def horovod_launcher(wants_mpi: bool) -> str:
     return "--gloo" if done.returncode else "--mpi"
 
 
-def run_contender(contender: str, models: Sequence[str], folder: Path, launcher: str) -> dict[str, list[float]]:
-    """Runs a contender's processes to their end: samples per second by model. Raises ContenderError."""
-    output, log = folder / f"{contender}.json", folder / f"{contender}.log"
-    output.unlink(missing_ok=True)
-    with ProcessGroup() as group:
-        for rank, launch in enumerate(launches(contender, models, output, launcher)):
-            group.start(f"rank {rank}", launch.command, environment(launch.variables), log.with_suffix(f".{rank}.log"))
-        reason = wait(group)
-    if reason is None and not output.is_file():
-        reason = "wrote no samples"
-    if reason is not None:
-        raise ContenderError(f"{reason}: see {log.with_suffix('.*.log')}")
-    return dict(json.loads(output.read_text(encoding="utf-8")))
-
-
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The common environment of all contenders' processes, and the variables of this one."""
     path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
     common = child_environment(PATH=path, PYTHONPATH=str(ROOT))
     common = {name: value for name, value in common.items() if not UNWANTED.fullmatch(name)}
     return {**common, "TF_CPP_MIN_LOG_LEVEL": "2", **variables}
-
-
-def wait(group: ProcessGroup, timeout_s: float = TIMEOUT_S) -> str | None:
-    """Waits until all processes have ended well; otherwise the reason, as soon as there is one."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        statuses = {name: process.poll() for name, process in group.processes.items()}
-        for name, status in statuses.items():
-            if status:
-                return f"{name} ended with status {status}"
-        if all(status == 0 for status in statuses.values()):
-            return None
-        time.sleep(0.2)
-    return f"did not end within {timeout_s:.0f} s"
-
-
-def run_rounds(
-    rounds: int, contenders: Sequence[str], models: Sequence[str], folder: Path, launcher: str
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
-    """The samples by contender and model, and why contenders failed. One that failed is not started again."""
-    samples: dict[str, dict[str, list[float]]] = {name: {model: [] for model in models} for name in contenders}
-    failures: dict[str, str] = {}
-    for number in range(rounds):
-        first = number % len(contenders)  # no contender is always the one that follows the same other
-        for name in (*contenders[first:], *contenders[:first]):
-            if name in failures:
-                continue
-            started = time.monotonic()
-            try:
-                found = run_contender(name, models, folder, launcher)
-                for model, figures in found.items():
-                    samples[name][model] += figures
-                news = "  ".join(f"{m} {figure:,.0f}" for m, figure in medians({name: found})[name].items())
-            except ContenderError as error:
-                failures[name] = str(error)
-                news = f"FAILED: {error}"
-            print(f"round {number + 1}/{rounds}  {name:12} {time.monotonic() - started:4.0f} s  {news}", flush=True)
-    return samples, failures
 
 
 def make_goals(samples: Samples, failures: Mapping[str, str], models: Sequence[str]) -> list[Goal]:
@@ -210,14 +149,14 @@ def make_goals(samples: Samples, failures: Mapping[str, str], models: Sequence[s
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each contender is measured (default: 5)")
+    parser.add_argument("--slices", type=int, default=20, help="turns of each contender and model (default: 20)")
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], help="default: all")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="default: all")
     parser.add_argument("--mpi", action="store_true", help="start Horovod's ranks with MPI, if it was built with it")
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help=f"the JSON file (default: {OUTPUT})")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1; received {options.rounds}")
+    if options.slices < 1:
+        parser.error(f"--slices must be at least 1; received {options.slices}")
     if len(os.sched_getaffinity(0)) < NUM_RANKS:
         parser.error(f"each of the {NUM_RANKS} ranks needs a core of its own; received {len(os.sched_getaffinity(0))}")
     return options
@@ -229,9 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch_pins = ROOT / "requirements" / TORCH_PINS
     machine["versions"]["torch"] = read_pins(torch_pins.read_text(encoding="utf-8"))["torch"]
     folder = options.output.parent / f"{options.output.stem}-logs"
-    folder.mkdir(parents=True, exist_ok=True)
     launcher = horovod_launcher(options.mpi)
-    samples, failures = run_rounds(options.rounds, options.contenders, options.models, folder, launcher)
+    processes = {name: partial(launches, name, options.models, options.slices, launcher) for name in options.contenders}
+    tell = partial(print, flush=True)
+    contest = run_contest(processes, options.models, options.slices, folder, tell, UNSTOPPABLE)
+    samples, failures = contest.samples, contest.failures
     goals = make_goals(samples, failures, options.models)
     write_results(options.output, machine, samples, goals, failures)
     console = Console()

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from benchmarks.turns import Turns
 from benchmarks.workloads import (
     IMAGE_SHAPE,
     LEARNING_RATE,
     NUM_BLOCKS,
     NUM_CLASSES,
-    NUM_EXAMPLES,
     NUM_HEADS,
     NUM_TOKENS,
     PIXELS,
@@ -29,9 +29,8 @@ from benchmarks.workloads import (
     check_size,
     examples,
     local_rank,
+    measure_slices,
     pin_to_core,
-    throughput,
-    write_samples,
 )
 
 
@@ -100,9 +99,9 @@ def mean_over_ranks(value: float) -> float:
     return float(tensor) / dist.get_world_size()
 
 
-def measure(workload: Workload) -> list[float]:
-    """Examples per second over all ranks, in slices."""
-    arrays = examples(workload, NUM_EXAMPLES, dist.get_rank())
+def measure(workload: Workload, turns: Turns) -> None:
+    """Reports examples per second over all ranks, in slices."""
+    arrays = examples(workload, workload.num_examples, dist.get_rank())
     x, y = torch.from_numpy(arrays[0]).long() if workload.kind == "texts" else torch.from_numpy(arrays[0]), arrays[1]
     x = x.permute(0, 3, 1, 2).contiguous() if workload.kind == "images" else x
     batches = list(
@@ -122,22 +121,22 @@ def measure(workload: Workload) -> list[float]:
             optimizer.step()
             num_done += 1
 
-    found = throughput(run, mean_over_ranks, workload.global_batch_size)
+    measure_slices(run, workload, turns)
     check_equal_weights([parameter.detach().numpy() for parameter in model.parameters()], mean_over_ranks)
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--turns", type=Path, required=True)
+    parser.add_argument("--slices", type=int, required=True)
     options = parser.parse_args(arguments)
     pin_to_core(local_rank())
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    samples = {name: measure(WORKLOADS[name]) for name in options.models}
-    if dist.get_rank() == 0:
-        write_samples(options.output, samples)
+    turns = Turns(options.turns, options.slices, dist.get_rank() == 0, mean_over_ranks)
+    for name in options.models:
+        measure(WORKLOADS[name], turns)
     dist.barrier()  # the first to leave takes the store with it
     dist.destroy_process_group()
     return 0

@@ -22,12 +22,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks.turns import Turns
 from benchmarks.workloads import (
     LEARNING_RATE,
     NUM_CLASSES,
-    NUM_EXAMPLES,
     NUM_RANKS,
-    NUM_SLICES,
     SEED,
     WORKLOADS,
     Workload,
@@ -35,22 +34,19 @@ from benchmarks.workloads import (
     examples,
     keras_model,
     local_rank,
-    num_steps,
+    measure_slices,
     pin_to_core,
-    throughput,
-    write_samples,
 )
 from shared.data import Dataset
 from shared.training import EpochBatches, fit_epochs
 
-EPOCH_S = 1.5  # long enough that the start of an epoch does not count for much
+# Prepares the process, and returns this rank, the mean over ranks, and what reports a workload's slices.
+Mean: TypeAlias = Callable[[float], float]
+Measure: TypeAlias = Callable[[Workload, Turns], None]
+Prepare: TypeAlias = Callable[[], tuple[int, Mean, Measure]]
 
-# Prepares the process, and returns this rank and what measures a workload: examples per second over all ranks.
-Measure: TypeAlias = Callable[[Workload], list[float]]
-Prepare: TypeAlias = Callable[[], tuple[int, Measure]]
 
-
-def dist_train() -> tuple[int, Measure]:
+def dist_train() -> tuple[int, Mean, Measure]:
     import dist_train.keras_horovod as hvk
 
     communicator = hvk.init(threads_per_rank=1)
@@ -58,20 +54,19 @@ def dist_train() -> tuple[int, Measure]:
     def mean(value: float) -> float:
         return float(np.mean(communicator.all_gather_object(value)))
 
-    def measure(workload: Workload) -> list[float]:
+    def measure(workload: Workload, turns: Turns) -> None:
         model = hvk.distribute(compiled(workload), communicator)
-        found = throughput_of_epochs(model, workload, mean, communicator.rank, communicator.world_size)
+        measure_epochs(model, workload, turns, communicator.rank, communicator.world_size)
         check_equal_weights(model.get_weights(), mean)
-        return found
 
-    return communicator.rank, measure
-
-
-def one_process() -> tuple[int, Measure]:
-    return 0, lambda workload: throughput_of_epochs(compiled(workload), workload, mean=float)
+    return communicator.rank, mean, measure
 
 
-def bare_horovod() -> tuple[int, Measure]:
+def one_process() -> tuple[int, Mean, Measure]:
+    return 0, float, lambda workload, turns: measure_epochs(compiled(workload), workload, turns)
+
+
+def bare_horovod() -> tuple[int, Mean, Measure]:
     import horovod.tensorflow as hvd
 
     compute_with_one_thread()
@@ -80,7 +75,7 @@ def bare_horovod() -> tuple[int, Measure]:
     def mean(value: float) -> float:
         return float(hvd.allreduce(tf.constant(value, tf.float64), op=hvd.Average))
 
-    def measure(workload: Workload) -> list[float]:
+    def measure(workload: Workload, turns: Turns) -> None:
         model, optimizer = keras_model(workload), adam()
         optimizer.build(model.trainable_variables)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -94,12 +89,12 @@ def bare_horovod() -> tuple[int, Measure]:
             optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
             return value
 
-        return measure_loop(workload, model, step, repeated_batches(workload, hvd.rank()), mean)
+        measure_loop(workload, model, step, repeated_batches(workload, hvd.rank()), turns)
 
-    return hvd.rank(), measure
+    return hvd.rank(), mean, measure
 
 
-def mwms() -> tuple[int, Measure]:
+def mwms() -> tuple[int, Mean, Measure]:
     compute_with_one_thread()
     ring = tf.distribute.experimental.CommunicationImplementation.RING
     how = tf.distribute.experimental.CommunicationOptions(implementation=ring)
@@ -117,7 +112,7 @@ def mwms() -> tuple[int, Measure]:
     def mean(value: float) -> float:
         return float(sum_over_ranks(tf.constant(value, tf.float64))) / NUM_RANKS
 
-    def measure(workload: Workload) -> list[float]:
+    def measure(workload: Workload, turns: Turns) -> None:
         with strategy.scope():
             model, optimizer = keras_model(workload), adam()
             optimizer.build(model.trainable_variables)
@@ -135,9 +130,9 @@ def mwms() -> tuple[int, Measure]:
             return strategy.run(train, args=(x, y))
 
         batches = strategy.distribute_datasets_from_function(lambda _: repeated_batches(workload, rank))
-        return measure_loop(workload, model, step, batches, mean)
+        measure_loop(workload, model, step, batches, turns)
 
-    return rank, measure
+    return rank, mean, measure
 
 
 CONTENDERS: dict[str, Prepare] = {
@@ -168,14 +163,12 @@ def repeated_batches(workload: Workload, rank: int) -> tf.data.Dataset:
     """A rank's examples over and over, in batches."""
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
-    dataset = tf.data.Dataset.from_tensor_slices(examples(workload, NUM_EXAMPLES, rank)).repeat()
+    dataset = tf.data.Dataset.from_tensor_slices(examples(workload, workload.num_examples, rank)).repeat()
     return dataset.batch(workload.batch_size, drop_remainder=True).prefetch(2).with_options(options)
 
 
-def measure_loop(
-    workload: Workload, model: keras.Model, step: Callable[..., Any], batches: Any, mean: Callable[[float], float]
-) -> list[float]:
-    """The throughput of step(x, y) over the batches, after which all ranks must hold the same weights."""
+def measure_loop(workload: Workload, model: keras.Model, step: Callable[..., Any], batches: Any, turns: Turns) -> None:
+    """Reports the slices of step(x, y) over the batches, after which all ranks must hold the same weights."""
     iterator = iter(batches)
 
     def run(steps: int) -> None:
@@ -183,64 +176,54 @@ def measure_loop(
             value = step(*next(iterator))
         float(value)  # waits until the last step is done
 
-    found = throughput(run, mean, workload.global_batch_size)
-    check_equal_weights(model.get_weights(), mean)
-    return found
+    measure_slices(run, workload, turns)
+    check_equal_weights(model.get_weights(), turns.mean)
 
 
-class EpochTimer(keras.callbacks.Callback):
-    """Times each epoch of a fit, from on_epoch_begin to the last on_train_batch_end."""
+class TimedEpochs(keras.callbacks.Callback):
+    """Reports each epoch of a fit but the first, which warms up: from its begin to its last step's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, workload: Workload, turns: Turns) -> None:
         super().__init__()
-        self.seconds: list[float] = []
-        self.seconds_per_step = 0.0  # of the last epoch, its first step not counted
+        self.workload, self.turns = workload, turns
 
     def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
+        if epoch > 0:
+            self.turns.begin()
         self.started = time.perf_counter()
-        self.ends: list[float] = []
 
     def on_train_batch_end(self, batch: int, logs: object = None) -> None:
-        self.ends.append(time.perf_counter())
+        self.ended = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: object = None) -> None:
-        self.seconds.append(self.ends[-1] - self.started)
-        self.seconds_per_step = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+        num_examples = self.workload.num_steps * self.workload.global_batch_size
+        if epoch > 0:
+            self.turns.report(self.workload.name, num_examples / (self.ended - self.started))
 
 
-def throughput_of_epochs(
-    model: keras.Model, workload: Workload, mean: Callable[[float], float], rank: int = 0, world_size: int = 1
-) -> list[float]:
-    """Examples per second of fit, in NUM_SLICES epochs of about EPOCH_S; the epochs before them warm up."""
-
-    def run_epochs(steps: int, epochs: int) -> EpochTimer:
-        x, y = examples(workload, steps * workload.global_batch_size, rank=0)
-        dataset = Dataset(x, y, NUM_CLASSES)
-        batches = EpochBatches(dataset, workload.global_batch_size, SEED, rank=rank, world_size=world_size)
-        timer = EpochTimer()
-        fit_epochs(model, batches, first_epoch=0, last_epoch=epochs, callbacks=[timer])
-        return timer
-
-    steps = max(2, num_steps(mean(run_epochs(steps=2, epochs=2).seconds_per_step), EPOCH_S))
-    seconds = run_epochs(steps, 1 + NUM_SLICES).seconds[1:]
-    return [workload.global_batch_size * steps / each for each in seconds]
+def measure_epochs(model: keras.Model, workload: Workload, turns: Turns, rank: int = 0, world_size: int = 1) -> None:
+    """Reports the examples per second of epochs over the examples of all ranks."""
+    parts = [examples(workload, workload.num_examples, r) for r in range(NUM_RANKS)]
+    x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    dataset = Dataset(x, y, NUM_CLASSES)
+    batches = EpochBatches(dataset, workload.global_batch_size, SEED, rank=rank, world_size=world_size)
+    fit_epochs(model, batches, 0, 1 + turns.num_slices, callbacks=[TimedEpochs(workload, turns)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--turns", type=Path, required=True)
+    parser.add_argument("--slices", type=int, required=True)
     options = parser.parse_args(arguments)
     if options.contender in PINNED:
         pin_to_core(local_rank())
-    rank, measure = CONTENDERS[options.contender]()
-    samples = {}
+    rank, mean, measure = CONTENDERS[options.contender]()
+    turns = Turns(options.turns, options.slices, rank == 0, mean)
     for name in options.models:
-        samples[name] = measure(WORKLOADS[name])
+        measure(WORKLOADS[name], turns)
         keras.backend.clear_session()
-    if rank == 0:
-        write_samples(options.output, samples)
     return 0
 
 

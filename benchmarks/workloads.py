@@ -5,7 +5,6 @@ The processes of PyTorch read this file too, in an environment without Keras: on
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from benchmarks.turns import Turns
 from shared.seeding import rng_for
 
 if TYPE_CHECKING:
@@ -25,10 +25,7 @@ SEED = 0
 NUM_RANKS = 2
 NUM_CLASSES = 10
 LEARNING_RATE = 1e-3
-NUM_SLICES = 3
-SLICE_S = 0.8  # of a plain training loop
-TRIAL_STEPS = 4  # the first steps are slower: these warm up, and as many tell how long a step takes
-NUM_EXAMPLES = 2048  # that a plain training loop repeats
+WARM_UP_STEPS = 8  # of a plain training loop: the first are slower
 
 PIXELS = 784
 IMAGE_SHAPE = (32, 32, 3)
@@ -41,25 +38,35 @@ LOCAL_RANK_VARIABLES = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOC
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, with the examples per rank and step, and the parameters that it has in every framework."""
+    """A model, with the examples per rank and step, the steps of a slice, and the parameters it has in every framework.
+
+    A slice is one pass over a rank's examples. Its steps take one to three seconds: long enough that the start of an
+    epoch does not count for much.
+    """
 
     name: str
     kind: Literal["vectors", "images", "texts"]
     batch_size: int
+    num_steps: int
     num_parameters: int
 
     @property
     def global_batch_size(self) -> int:
         return NUM_RANKS * self.batch_size
 
+    @property
+    def num_examples(self) -> int:
+        """Of each rank."""
+        return self.num_steps * self.batch_size
+
 
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("mlp", "vectors", batch_size=64, num_parameters=669_706),
-        Workload("cnn", "images", batch_size=32, num_parameters=582_026),
-        Workload("transformer", "texts", batch_size=16, num_parameters=1_037_834),
-        Workload("dense", "vectors", batch_size=32, num_parameters=14_217_226),
+        Workload("mlp", "vectors", batch_size=64, num_steps=160, num_parameters=669_706),
+        Workload("cnn", "images", batch_size=32, num_steps=48, num_parameters=582_026),
+        Workload("transformer", "texts", batch_size=16, num_steps=16, num_parameters=1_037_834),
+        Workload("dense", "vectors", batch_size=32, num_steps=10, num_parameters=14_217_226),
     )
 }
 
@@ -129,29 +136,17 @@ def _transformer() -> keras.Model:
     return Model(tokens, layers.Dense(NUM_CLASSES)(layers.GlobalAveragePooling1D()(x)))
 
 
-def throughput(run: Callable[[int], object], mean: Callable[[float], float], examples_per_step: int) -> list[float]:
-    """Examples per second of a plain training loop, in NUM_SLICES slices of about SLICE_S after a warm-up.
+def measure_slices(run: Callable[[int], object], workload: Workload, turns: Turns) -> None:
+    """Reports the examples per second of a plain training loop in each slice, after a warm-up.
 
-    `run(n)` trains n steps to their end; `mean` is the mean over ranks, which must take the same number of steps.
+    `run(n)` trains n steps to their end.
     """
-    run(TRIAL_STEPS)
-    steps = num_steps(mean(seconds(run, TRIAL_STEPS) / TRIAL_STEPS), SLICE_S)
-    return [examples_per_step * steps / seconds(run, steps) for _ in range(NUM_SLICES)]
-
-
-def seconds(run: Callable[[int], object], steps: int) -> float:
-    started = time.perf_counter()
-    run(steps)
-    return time.perf_counter() - started
-
-
-def num_steps(seconds_per_step: float, wanted_s: float) -> int:
-    """How many steps take about so long; at least 3.
-
-    >>> num_steps(0.25, 1.5)
-    6
-    """
-    return max(3, round(wanted_s / seconds_per_step))
+    run(WARM_UP_STEPS)
+    for _ in range(turns.num_slices):
+        turns.begin()
+        started = time.perf_counter()
+        run(workload.num_steps)
+        turns.report(workload.name, workload.global_batch_size * workload.num_steps / (time.perf_counter() - started))
 
 
 def check_equal_weights(weights: Sequence[np.ndarray], mean: Callable[[float], float]) -> None:
@@ -177,8 +172,3 @@ def pin_to_core(rank: int) -> None:
         raise ValueError(f"Each rank needs a core of its own; received {len(cores)} for rank {rank}.")
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), {cores[rank]})
-
-
-def write_samples(path: Path, samples: dict[str, list[float]]) -> None:
-    """What a contender's process hands to the orchestrator: examples per second by model."""
-    path.write_text(json.dumps(samples), encoding="utf-8")

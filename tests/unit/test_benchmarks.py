@@ -1,10 +1,12 @@
 """The benchmarks' arithmetic: medians, ratios, goals, the JSON file; and how contenders are started and judged."""
 
 import io
+import itertools
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import distributed, results, workloads
+from benchmarks.contest import ContenderError, Contest, Contestant, Launch, run_contest
 from benchmarks.results import Goal
 from shared.processes import ProcessGroup, child_environment
 
@@ -149,18 +152,24 @@ def test_another_model_under_the_same_name_is_refused():
         workloads.check_size(workloads.WORKLOADS["mlp"], 12)
 
 
-def test_slices_take_the_mean_step_of_the_ranks(monkeypatch: pytest.MonkeyPatch):
+def test_each_slice_is_a_pass_over_the_examples(monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    taken: list[int] = []
+    events: list[object] = []
 
     def run(steps: int) -> None:
-        taken.append(steps)
+        events.append(steps)
         clock[0] += 0.1 * steps
 
-    found = workloads.throughput(run, lambda seconds: 2 * seconds, examples_per_step=8)
-    assert taken == [workloads.TRIAL_STEPS] * 2 + [round(workloads.SLICE_S / 0.2)] * workloads.NUM_SLICES
-    assert found == pytest.approx([80.0] * workloads.NUM_SLICES)
+    class Recorder:
+        num_slices = 2
+        begin = staticmethod(lambda: events.append("turn"))
+        report = staticmethod(lambda model, figure: events.append((model, round(figure, 6))))
+
+    mlp = workloads.WORKLOADS["mlp"]
+    workloads.measure_slices(run, mlp, Recorder())  # type: ignore[arg-type]
+    a_turn = ["turn", mlp.num_examples // mlp.batch_size, ("mlp", mlp.global_batch_size / 0.1)]
+    assert events == [workloads.WARM_UP_STEPS, *a_turn, *a_turn]
 
 
 def test_ranks_whose_weights_differ_are_noticed():
@@ -188,35 +197,84 @@ def test_settings_of_the_shell_reach_no_contender(monkeypatch: pytest.MonkeyPatc
     assert (found["HOME_OF_TF"], found["RANK"]) == ("stays", "1")
 
 
-def test_processes_end_well_or_with_the_first_reason(tmp_path: Path):
-    def outcome(*programs: str, timeout_s: float = 20.0) -> str | None:
-        with ProcessGroup() as group:
-            for i, program in enumerate(programs):
-                group.start(f"rank {i}", [sys.executable, "-c", program], child_environment(), tmp_path / str(i))
-            return distributed.wait(group, timeout_s)
+# A contender that notes when it ran: one process, or two of which the second stands for the other ranks.
+CONTENDER = """
+import sys, time, pathlib
+from benchmarks.turns import Turns
+folder, models, slices, fails_at = pathlib.Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4]
+turns = Turns(folder, slices, True, float)
+for model in models:
+    for i in range(slices):
+        turns.begin()
+        started = time.monotonic()
+        while time.monotonic() < started + 0.1:
+            (folder / "ticks").open("a").write(f"{time.monotonic()} ")
+            time.sleep(0.005)
+        if fails_at == f"{model}{i}":
+            sys.exit(3)
+        turns.report(model, 100.0 * i + len(model))
+"""
+TICKER = (
+    "import sys, time\nwhile True: open(sys.argv[1] + '/ticks', 'a').write(f'{time.monotonic()} '); time.sleep(0.005)"
+)
 
-    assert outcome("", "") is None
-    assert outcome("import time; time.sleep(60)", "raise SystemExit(3)") == "rank 1 ended with status 3"
-    assert outcome("import time; time.sleep(60)", timeout_s=0.3) == "did not end within 0 s"
+
+def launches(models: str, num_slices: int, fails_at: str = "") -> Callable[[Path], list[Launch]]:
+    environment = child_environment(PYTHONPATH=str(distributed.ROOT))
+    return lambda folder: [
+        Launch([sys.executable, "-c", CONTENDER, folder, models, str(num_slices), fails_at], environment)
+    ]
 
 
-def test_a_contender_that_fails_is_named_and_not_started_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    started = []
+def test_contenders_take_turns_and_none_runs_beside_another(tmp_path: Path):
+    told: list[str] = []
+    both = {"a": launches("x,yy", 3), "b": launches("x,yy", 3)}
+    found = run_contest(both, ["x", "yy"], 3, tmp_path, told.append)
+    figures = {"x": [1.0, 101.0, 201.0], "yy": [2.0, 102.0, 202.0]}
+    assert found.samples == {"a": figures, "b": figures}
+    assert found.failures == {}
+    ticks = sorted((float(at), name) for name in both for at in (tmp_path / name / "ticks").read_text().split())
+    handovers = "".join(name for name, _ in itertools.groupby(name for _, name in ticks))
+    assert handovers == "abababab"  # ab, then b begins, and so on: turns of the same contender are one group
 
-    def run(name: str, models: list[str], folder: Path, launcher: str) -> dict[str, list[float]]:
-        started.append(name)
-        if name == "mwms":
-            raise distributed.ContenderError("rank 0 ended with status 1")
-        return {"mlp": [10.0, 20.0]}
 
-    monkeypatch.setattr(distributed, "run_contender", run)
-    samples, failures = distributed.run_rounds(2, ["dist_train", "mwms"], ["mlp"], tmp_path, "--gloo")
-    assert started == ["dist_train", "mwms", "dist_train"]
-    assert samples == {"dist_train": {"mlp": [10.0, 20.0, 10.0, 20.0]}, "mwms": {"mlp": []}}
-    assert failures == {"mwms": "rank 0 ended with status 1"}
-    assert "FAILED: rank 0 ended with status 1" in capsys.readouterr().out
+def test_a_contender_is_stopped_between_its_turns(tmp_path: Path):
+    """Also processes of its own that would go on in the meantime, as Horovod's threads do."""
+
+    def restless(folder: Path) -> list[Launch]:
+        (starter,) = launches("x", 2)(folder)
+        wait = "import os, time\nwhile not os.path.exists(sys.argv[1] + '/ticks'): time.sleep(0.01)\n"
+        ticker = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {TICKER!r}, sys.argv[1]])\n"
+        program = ticker + wait + CONTENDER
+        return [Launch([sys.executable, "-c", program, *starter.command[3:]], starter.environment)]
+
+    with ProcessGroup() as group:
+        contestant = Contestant("a", group, tmp_path)
+        contestant.start(restless(tmp_path))
+        time.sleep(0.1)
+        before = (tmp_path / "ticks").read_text()
+        time.sleep(0.3)
+        assert (tmp_path / "ticks").read_text() == before
+        assert contestant.turn() == [("x", 1.0)]
+        assert (tmp_path / "ticks").read_text() != before
+        contestant.resume()
+
+
+def test_a_contender_that_fails_is_named_and_has_no_further_turns(tmp_path: Path):
+    told: list[str] = []
+    found = run_contest({"a": launches("x", 3), "b": launches("x", 3, fails_at="x1")}, ["x"], 3, tmp_path, told.append)
+    assert found.samples == {"a": {"x": [1.0, 101.0, 201.0]}, "b": {"x": [1.0]}}
+    assert found.failures == {"b": f"b rank 0 ended with status 3: see {tmp_path}/b/*.log"}
+    assert f"b FAILED: {found.failures['b']}" in told
+
+
+def test_a_contender_that_cannot_be_started_is_named(tmp_path: Path):
+    def broken(folder: Path) -> list[Launch]:
+        raise ContenderError("PyTorch could not be installed")
+
+    found = run_contest({"a": broken, "b": launches("x", 1)}, ["x"], 1, tmp_path, lambda line: None)
+    assert found.failures == {"a": "PyTorch could not be installed"}
+    assert found.samples == {"a": {}, "b": {"x": [1.0]}}
 
 
 def test_pins_are_met_by_the_same_versions_whatever_their_local_part():
@@ -230,9 +288,11 @@ def test_pins_are_met_by_the_same_versions_whatever_their_local_part():
 
 
 def test_the_run_ends_with_0_whether_or_not_goals_are_met(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(distributed, "run_rounds", lambda *_: (SAMPLES, {"mwms": "crashed"}))
+    contest = Contest([], print)
+    contest.samples, contest.failures = SAMPLES, {"mwms": "crashed"}  # type: ignore[assignment]
+    monkeypatch.setattr(distributed, "run_contest", lambda *_: contest)
     path = tmp_path / "d.json"
-    assert distributed.main(["--rounds", "1", "--models", "mlp", "-o", str(path)]) == 0
+    assert distributed.main(["--slices", "1", "--models", "mlp", "-o", str(path)]) == 0
     written = json.loads(path.read_text())
     assert written["machine"]["versions"]["torch"]
     assert {goal["name"]: goal["value"] for goal in written["goals"]}["vs_mwms_mlp"] is None
