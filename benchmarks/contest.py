@@ -130,7 +130,7 @@ class Contest:
             self.tell(f"{contestant.name} is ready after {time.monotonic() - started:.0f} s")
 
     def round(self, number: int) -> None:
-        """One turn for each, beginning with another one in each round: none always follows the same other."""
+        """One turn for each, beginning with another one in each round."""
         first = number % len(self.contestants)
         for contestant in (*self.contestants[first:], *self.contestants[:first]):
             if contestant.name not in self.failures:

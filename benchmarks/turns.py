@@ -8,7 +8,6 @@ their turn has come. Standard library only: PyTorch's environment reads this fil
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,4 +42,4 @@ class Turns:
 
     def _tell(self, news: dict[str, object]) -> None:
         with (self.folder / NEWS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(news) + os.linesep)
+            file.write(json.dumps(news) + "\n")

@@ -197,7 +197,7 @@ def test_settings_of_the_shell_reach_no_contender(monkeypatch: pytest.MonkeyPatc
     assert (found["HOME_OF_TF"], found["RANK"]) == ("stays", "1")
 
 
-# A contender that notes when it ran: one process, or two of which the second stands for the other ranks.
+# A contender of one process, which notes when it ran.
 CONTENDER = """
 import sys, time, pathlib
 from benchmarks.turns import Turns
