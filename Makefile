@@ -19,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL   ?= 2
 export FLWR_TELEMETRY_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train federate report test test-mutations bench-distributed bench-scaling lint format clean distclean
+.PHONY: help setup demo train federate report test test-mutations bench-distributed bench-scaling bench-federation lint format clean distclean
 
 help: ## list the targets and the variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,9 @@ bench-distributed: setup ## compare the speed of training on ranks with others' 
 bench-scaling: setup ## what ranks cost as the model grows: step, memory, start-up
 	$(BIN)/python -m benchmarks.distributed_scaling $(ARGS)
 
+bench-federation: setup ## compare the seconds of a federated round with others' (ARGS="--repetitions 1" for a quick look)
+	$(BIN)/python -m benchmarks.federation $(ARGS)
+
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -69,5 +72,5 @@ clean: ## remove caches and build leftovers; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . \( -name .git -o -name ".venv*" -o -name runs \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## remove .venv and .venv-torch too
-	rm -rf .venv .venv-torch
+distclean: clean ## remove .venv and the benchmarks' environments too
+	rm -rf .venv .venv-torch .venv-nvflare

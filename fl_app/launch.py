@@ -1,8 +1,8 @@
 """python -m fl_app.launch EXPERIMENT.toml --silos 3: a whole federation on this machine.
 
-A real SuperLink and one real SuperNode per silo, as processes on the loopback interface; they run the experiment to
-its end and are shut down, whatever happens. The silos' data is the experiment's data set, cut by [partition]; or each
-silo brings its own: --silo hospital-a=a.csv --silo hospital-b=b.csv.
+A real SuperLink and real silos, each a SuperNode and a worker, as processes on the loopback interface; they run the
+experiment to its end and are shut down, whatever happens. The silos' data is the experiment's data set, cut by
+[partition]; or each silo brings its own: --silo hospital-a=a.csv --silo hospital-b=b.csv.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import TypeAlias
 
 import psutil
 import tomli_w
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from shared.command_line import add_experiment_arguments, experiment_from_arguments
 from shared.data import load_dataset, split_pool
@@ -40,11 +41,11 @@ BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 60.0
 Command: TypeAlias = list[str | Path]
 RUN = "flwr run"
+NODES = ("worker", "worker-stock-waits", "flower")
 SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_LOG_LEVEL": "WARNING",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # s; Flower's default is 1
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 # Flower finds these through PATH; its own watch over parents does not reach a process that is busy in C.
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = experiment_from_arguments(options)
         RunRecord(experiment, "flower", "round").check()
         silos = _own_data(options.silo, experiment) or cut_data(experiment, options.silos, scratch)
-        federate(experiment, silos, scratch, port=options.port)
+        federate(experiment, silos, scratch, port=options.port, node=options.node)
     except (ValueError, OSError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -75,15 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def federate(experiment: Experiment, silos: dict[str, str], scratch: Path, port: int = 0) -> None:
+def federate(experiment: Experiment, silos: dict[str, str], scratch: Path, port: int = 0, node: str = NODES[0]) -> None:
     """Runs the experiment in a federation of `silos` (name: path or name of its data) on this machine.
 
-    Prints the ServerApp's lines as they come. Raises LaunchError if the run does not finish.
+    `node` says what a silo is: one of NODES. Prints the ServerApp's lines as they come. Raises LaunchError if the run
+    does not finish.
     """
     if port and is_listening(port):
         raise ValueError(f"Port {port} is in use on this machine. Choose another with --port, or leave it out.")
-    free_port, *node_ports = free_ports(1 + len(silos))
-    ports = [port or free_port, *node_ports]
+    (free_port,) = free_ports(1)
     environment = child_environment(
         **SETTINGS,
         FLWR_HOME=str(scratch / "flwr"),
@@ -94,11 +95,15 @@ def federate(experiment: Experiment, silos: dict[str, str], scratch: Path, port:
     result = experiment.run_directory / "result.json"
     before = result.stat().st_mtime_ns if result.is_file() else None  # of the run that this one resumes
     with ProcessGroup() as group:
-        _start(group, silos, ports, environment, scratch)
-        command: Command = [BIN / "flwr", "run", PROJECT, "here", "--stream", "--run-config", run_config]
+        address = _start_superlink(group, port or free_port, environment, scratch)
+        allowed = [experiment.model.name] if ":" in experiment.model.name else []  # the user is the silos' owner here
+        for silo, data in silos.items():
+            command = _silo_command(node, silo, data, allowed, address, scratch)
+            group.start(f"silo {silo}", command, environment, scratch / "silos" / f"{silo}.log")
+        command = [BIN / "flwr", "run", PROJECT, "here", "--stream", "--run-config", run_config]
         run = group.start(RUN, command, environment)
         threading.Thread(target=_end_run_without_federation, args=(group,), daemon=True).start()
-        told = _relay(run)
+        told = _relay(run, experiment.federation.num_rounds)
         run.wait()
         if told or not result.is_file() or result.stat().st_mtime_ns == before:
             raise LaunchError(_why(group, told, scratch))
@@ -135,26 +140,41 @@ def write_run_config(experiment: Experiment, silos: dict[str, str], scratch: Pat
     return path
 
 
-def _start(
-    group: ProcessGroup, silos: dict[str, str], ports: list[int], environment: dict[str, str], scratch: Path
-) -> None:
-    superlink_port, *node_ports = ports
-    address = f"127.0.0.1:{superlink_port}"
+def _start_superlink(group: ProcessGroup, port: int, environment: dict[str, str], scratch: Path) -> str:
+    address = f"127.0.0.1:{port}"
     home = scratch / "flwr"
     home.mkdir(exist_ok=True)
     (home / "config.toml").write_text(f'[superlink.here]\naddress = "{address}"\ninsecure = true\n', encoding="utf-8")
-    command: Command = [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(superlink_port)]
+    command: Command = [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--disable-runtime-dependency-installation"]
     superlink = group.start("superlink", command, environment, scratch / "superlink.log")
-    if not wait_until_listening(superlink_port, superlink, START_TIMEOUT_S):
+    if not wait_until_listening(port, superlink, START_TIMEOUT_S):
         raise LaunchError(f"The SuperLink did not start.\n{_tail(scratch / 'superlink.log')}")
     (scratch / "silos").mkdir(exist_ok=True)
-    for (silo, data), node_port in zip(silos.items(), node_ports, strict=True):
-        node: Command = [BIN / "flower-supernode", "--insecure", "--superlink", address, "--port", str(node_port)]
-        node_config = scratch / "silos" / f"{silo}.toml"  # a file: on the command line a path could not hold quotes
-        node_config.write_text(tomli_w.dumps({"silo": silo, "data": data}), encoding="utf-8")
-        node += ["--node-config", node_config]
-        group.start(f"silo {silo}", node, environment, scratch / "silos" / f"{silo}.log")
+    return address
+
+
+def _silo_command(node: str, silo: str, data: str, allowed: list[str], address: str, scratch: Path) -> Command:
+    if node == "flower":
+        config = scratch / "silos" / f"{silo}.toml"  # a file: on the command line a path could not hold quotes
+        known = {"silo": silo, "data": data, "allow": " ".join(allowed)}
+        config.write_text(tomli_w.dumps(known), encoding="utf-8")
+        command: Command = [BIN / "flower-supernode", "--insecure", "--superlink", address, "--node-config", config]
+        return [*command, "--port", str(free_ports(1)[0])]
+    command = [
+        sys.executable,
+        "-m",
+        "fl_app.silo",
+        "--insecure",
+        "--superlink",
+        address,
+        "--silo",
+        silo,
+        "--data",
+        data,
+    ]
+    command += [part for builder in allowed for part in ("--allow", builder)]
+    return [*command, "--stock-waits"] if node == "worker-stock-waits" else command
 
 
 def _mortal_commands(folder: Path) -> Path:
@@ -174,16 +194,21 @@ def _end_run_without_federation(group: ProcessGroup) -> None:
     group.processes[RUN].terminate()
 
 
-def _relay(run: "subprocess.Popen[bytes]") -> list[str]:
+def _relay(run: "subprocess.Popen[bytes]", num_rounds: int) -> list[str]:
     """Prints the run's lines as they come; returns those in which the server says what is wrong."""
     assert run.stdout is not None
     told = []
-    for raw in run.stdout:
-        line = raw.decode(errors="replace").rstrip()
-        if line.startswith("error: "):
-            told.append(f"server: {line}")
-        elif not told:  # after an error come Flower's tracebacks, which say no more
-            print(line, flush=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("rounds", total=num_rounds)
+        for raw in run.stdout:
+            line = raw.decode(errors="replace").rstrip()
+            if found := re.match(r"round (\d+)/", line):
+                bar.update(task, completed=int(found[1]))
+            if line.startswith("error: "):
+                told.append(f"server: {line}")
+            elif not told:  # after an error come Flower's tracebacks, which say no more
+                print(line, flush=True)  # above the bar, on a terminal
     return told
 
 
@@ -228,6 +253,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_experiment_arguments(parser)
     parser.add_argument("--silos", type=int, default=3, metavar="N", help="how many silos share the data (default: 3)")
     parser.add_argument("--silo", action="append", default=[], metavar="NAME=DATA", help="a silo with data of its own")
+    parser.add_argument(
+        "--node",
+        choices=NODES,
+        default=NODES[0],
+        help="what a silo is: a SuperNode with a living worker (default), the same with Flower's own waits, or a plain "
+        "flower-supernode",
+    )
     parser.add_argument("--port", type=int, default=0, help="the SuperLink's port (default: a free one)")
     return parser.parse_args(arguments)
 

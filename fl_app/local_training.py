@@ -1,8 +1,13 @@
 """What a silo does with a message: its own data, its own steps. Knows nothing of Flower."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from shared.data import Dataset, Schema, load_dataset
 from shared.data.dataset import split_validation
@@ -11,6 +16,9 @@ from shared.weights import Weights, subtract
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
+
+    from shared.training import EpochBatches
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,14 @@ class LocalResult:
     train: Mapping[str, float]
     validation: Mapping[str, float]
     update: Weights
+    seconds: float = 0.0  # that the silo computed
 
 
-def load_silo(node_config: Mapping[str, Any], experiment: Experiment) -> Silo:
-    """Loads the data that the silo's own node config names: data = path or built-in set, silo = name.
+def check_node_config(node_config: Mapping[str, Any], experiment: Experiment) -> tuple[str, str]:
+    """The silo's name and the path or built-in name of its data, from its own node config: silo = ..., data = ...
 
-    Raises ValueError when the node config names none, or the data cannot be used.
+    A builder of the user's own in the experiment must be in the silo's list, allow = "package.module:function ...": the
+    server must not be able to make a silo import what it likes. Raises ValueError.
     """
     for key, example in (("silo", "hospital-a"), ("data", "path/to/data.csv")):
         if not str(node_config.get(key, "")):
@@ -60,8 +70,18 @@ def load_silo(node_config: Mapping[str, Any], experiment: Experiment) -> Silo:
                 f"A silo's node config must name {key!r}; received {sorted(node_config) or 'nothing'}. "
                 f'Start it with: flower-supernode --node-config \'silo="..." data="..."\' ({key}, like {example!r}).'
             )
-    name = str(node_config["silo"])
-    dataset = load_dataset(experiment.data.model_copy(update={"name": str(node_config["data"])}))
+    allowed = str(node_config.get("allow", "")).split()
+    if ":" in experiment.model.name and experiment.model.name not in allowed:
+        raise ValueError(
+            f"This silo imports only what it allows: {', '.join(allowed) or 'nothing'}; received model.name = "
+            f"{experiment.model.name!r}. If you trust that code, start the silo with --allow {experiment.model.name}"
+        )
+    return str(node_config["silo"]), str(node_config["data"])
+
+
+def load_silo(name: str, source: str, experiment: Experiment) -> Silo:
+    """Loads a silo's data, a path or the name of a built-in set. Raises ValueError if it cannot be used."""
+    dataset = load_dataset(experiment.data.model_copy(update={"name": source}))
     train, validation = split_validation(dataset, experiment.seed, experiment.data.validation_fraction, owner=name)
     if len(train) == 0:
         raise ValueError(
@@ -70,53 +90,96 @@ def load_silo(node_config: Mapping[str, Any], experiment: Experiment) -> Silo:
     return Silo(name, train, validation)
 
 
-def with_federation_schema(silo: Silo, schema: Schema) -> Silo:
-    """The silo seen with the federation's classes, of which its own data may lack some."""
-    train = replace(silo.train, num_classes=schema.num_classes)
-    return replace(silo, train=train, validation=replace(silo.validation, num_classes=schema.num_classes))
+@dataclass(frozen=True)
+class LocalTrainer:
+    """A silo's compiled model and batches, to be used round after round.
 
-
-def evaluate_at_silo(silo: Silo, experiment: Experiment, weights: Weights) -> LocalResult:
-    """The metrics of the weights on the silo's validation examples."""
-    model = _model(silo, experiment, weights)
-    return LocalResult(len(silo.train), len(silo.validation), {}, _validate(model, silo, experiment), [])
-
-
-def train_at_silo(silo: Silo, experiment: Experiment, weights: Weights, round_number: int) -> LocalResult:
-    """One round at a silo: evaluate the incoming weights, then `local_epochs` from them with a fresh optimizer.
-
-    The order of examples depends on (seed, silo, epoch), with epochs counted over all rounds.
+    Guarantee: what it returns depends on its arguments alone, bit by bit, not on the rounds that it did before.
     """
-    from shared.training import EpochBatches, fit_epochs  # Keras: seconds to import, not needed for a roll call
 
-    federation = experiment.federation
-    model = _model(silo, experiment, weights)
-    validation = _validate(model, silo, experiment)
-    batches = EpochBatches(silo.train, federation.local_batch_size, experiment.seed, owner=silo.name)
-    first_epoch = (round_number - 1) * federation.local_epochs
-    history = fit_epochs(model, batches, first_epoch, first_epoch + federation.local_epochs).history
-    return LocalResult(
-        num_examples=len(silo.train),
-        num_validation=len(silo.validation),
-        train={name: float(values[-1]) for name, values in history.items()},
-        validation=validation,
-        update=subtract(model.get_weights(), weights),
-    )
+    silo: Silo
+    experiment: Experiment
+    model: "keras.Model"
+    batches: "EpochBatches"
+    validation_batches: "tf.data.Dataset"
+    fresh_optimizer: Weights  # its variables before the first step
+
+    def evaluate(self, weights: Weights) -> dict[str, float]:
+        """The metrics of the weights on the silo's validation examples; empty if it has none."""
+        from shared.training import evaluate
+
+        if len(self.silo.validation) == 0:
+            return {}
+        self.model.set_weights(weights)
+        return evaluate(self.model, self.validation_batches)
+
+    def train(self, weights: Weights, round_number: int) -> tuple[dict[str, float], Weights]:
+        """`local_epochs` from the weights with a fresh optimizer: (metrics of the last epoch, update).
+
+        The order of examples depends on (seed, silo, epoch), with epochs counted over all rounds.
+        """
+        from shared.training import fit_epochs
+
+        self.model.set_weights(weights)
+        for variable, value in zip(self.model.optimizer.variables, self.fresh_optimizer, strict=True):
+            variable.assign(value)
+        num_epochs = self.experiment.federation.local_epochs
+        first_epoch = (round_number - 1) * num_epochs
+        history = fit_epochs(self.model, self.batches, first_epoch, first_epoch + num_epochs).history
+        metrics = {name: float(values[-1]) for name, values in history.items()}
+        return metrics, subtract(self.model.get_weights(), weights)
 
 
-def _model(silo: Silo, experiment: Experiment, weights: Weights) -> "keras.Model":
-    from shared.training import compile_model
+def prepare_trainer(silo: Silo, schema: Schema, experiment: Experiment) -> LocalTrainer:
+    """Compiles the experiment's model for a silo, with the federation's classes, of which its data may lack some."""
+    from shared.training import (
+        EpochBatches,
+        compile_model,
+        evaluation_batches,
+    )  # Keras: seconds to import, not needed for a roll call
     from shared.zoo import build_model
 
+    train = replace(silo.train, num_classes=schema.num_classes)
+    seen = replace(silo, train=train, validation=replace(silo.validation, num_classes=schema.num_classes))
     config = experiment.model.model_copy(update={"initial": ""})  # the server's weights replace any initial ones
-    model = compile_model(build_model(config, silo.schema, experiment.seed), experiment, silo.schema)
-    model.set_weights(weights)
-    return model
+    model = compile_model(build_model(config, seen.schema, experiment.seed), experiment, seen.schema)
+    model.optimizer.build(model.trainable_variables)
+    batches = EpochBatches(train, experiment.federation.local_batch_size, experiment.seed, owner=silo.name)
+    fresh_optimizer = [np.array(variable) for variable in model.optimizer.variables]
+    return LocalTrainer(seen, experiment, model, batches, evaluation_batches(seen.validation), fresh_optimizer)
 
 
-def _validate(model: "keras.Model", silo: Silo, experiment: Experiment) -> dict[str, float]:
-    from shared.training import evaluate
+class Workbench:
+    """What the tasks of a silo share, kept warm: its data, and the compiled model of the last two experiments."""
 
-    if not experiment.federation.evaluate_on_silos or len(silo.validation) == 0:
-        return {}
-    return evaluate(model, silo.validation)
+    def __init__(self) -> None:
+        self._load = lru_cache(maxsize=2)(lambda name, source, stamp, experiment: load_silo(name, source, experiment))
+        self._prepare = lru_cache(maxsize=2)(prepare_trainer)
+
+    def silo(self, node_config: Mapping[str, Any], experiment: Experiment) -> Silo:
+        """The silo of a node config, from memory if its file is as it was. Raises ValueError as `load_silo` does."""
+        name, source = check_node_config(node_config, experiment)
+        return self._load(name, source, _stamp(source), experiment)
+
+    def evaluate(self, silo: Silo, schema: Schema, experiment: Experiment, weights: Weights) -> LocalResult:
+        """The metrics of the weights on the silo's validation examples."""
+        started = time.perf_counter()
+        metrics = self._prepare(silo, schema, experiment).evaluate(weights)
+        return LocalResult(len(silo.train), len(silo.validation), {}, metrics, [], time.perf_counter() - started)
+
+    def train(
+        self, silo: Silo, schema: Schema, experiment: Experiment, weights: Weights, round_number: int, evaluate: bool
+    ) -> LocalResult:
+        """One round at a silo: judge the incoming weights, if asked to, then train from them."""
+        started = time.perf_counter()
+        trainer = self._prepare(silo, schema, experiment)
+        validation = trainer.evaluate(weights) if evaluate else {}
+        metrics, update = trainer.train(weights, round_number)
+        seconds = time.perf_counter() - started
+        return LocalResult(len(silo.train), len(silo.validation), metrics, validation, update, seconds)
+
+
+def _stamp(source: str) -> tuple[int, int] | None:
+    """What changes when the file does; None for a built-in set."""
+    path = Path(source)
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None

@@ -1,6 +1,13 @@
-"""The wire: Flower records to and from the values of `local_training`. The only place with record keys."""
+"""The wire: Flower records to and from the values of `local_training`. The only place with record keys.
 
-from collections.abc import Mapping, Sequence
+A message holds one object, so that it crosses each of Flower's stores in one piece (cut into chunks if it is large): a
+JSON header and the arrays behind it.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -8,64 +15,92 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fl_app.local_training import LocalResult, Silo, SiloEntry
 from shared.data import Schema
-from shared.weights import Weights
+from shared.weights import Weights, add
+
+RECORD = "packed"
+FORMAT = "archipelago.packed.1"  # Flower's name for it is a serialisation type
+ALIGNMENT = 64  # bytes; of the header, so that arrays of four-byte numbers lie well
 
 
-def pack_task(schema: Schema, weights: Weights, round_number: int) -> RecordDict:
-    """What the server sends: the weights and what a silo needs to build the same model."""
-    config = ConfigRecord(
-        {"round": round_number, "input_shape": list(schema.input_shape), "num_classes": schema.num_classes}
-    )
-    return RecordDict({"weights": pack_arrays(weights), "task": config})
+def pack_task(schema: Schema, weights: Weights, round_number: int, evaluate: bool) -> RecordDict:
+    """What the server sends: the weights, what a silo needs to build the same model, and whether to judge them."""
+    return pack({"schema": _schema_to_json(schema), "round": round_number, "evaluate": evaluate}, weights)
 
 
-def unpack_task(content: RecordDict) -> tuple[Schema, Weights, int]:
-    task: Mapping[str, Any] = content.config_records["task"]
-    schema = Schema(tuple(task["input_shape"]), task["num_classes"])
-    return schema, unpack_arrays(content.array_records["weights"]), task["round"]
+def unpack_task(content: RecordDict) -> tuple[Schema, Weights, int, bool]:
+    header, weights = unpack(content)
+    with _understood("a task"):
+        return _schema_from_json(header["schema"]), weights, int(header["round"]), bool(header["evaluate"])
+
+
+# --- the messages of Flower's own strategies, which have the records "arrays" and "config", and back "metrics"
+
+
+def strategy_config(schema: Schema) -> ConfigRecord:
+    """What a strategy sends along with the weights. It adds "server-round"."""
+    return ConfigRecord({"input_shape": list(schema.input_shape), "num_classes": schema.num_classes})
+
+
+def strategy_arrays(weights: Weights) -> ArrayRecord:
+    return ArrayRecord([np.asarray(array) for array in weights])
+
+
+def is_of_strategy(content: RecordDict) -> bool:
+    return "arrays" in content.array_records
+
+
+def unpack_strategy_task(content: RecordDict) -> tuple[Schema, Weights, int]:
+    """(schema, weights, round). Raises ValueError for settings that a silo would have to follow and does not know."""
+    config: Mapping[str, Any] = content.config_records["config"]
+    unknown = sorted(set(config) - {"server-round", "input_shape", "num_classes"})
+    if unknown:
+        raise ValueError(
+            f"The strategy asks for {', '.join(unknown)}, which silos do not know. Choose another strategy."
+        )
+    schema = Schema(tuple(config["input_shape"]), config["num_classes"])
+    return schema, content.array_records["arrays"].to_numpy_ndarrays(), config["server-round"]
+
+
+def pack_strategy_result(weights: Weights, result: LocalResult) -> RecordDict:
+    """The local weights if the silo has trained, and its metrics."""
+    judged = result.validation if not result.update else result.train
+    num_examples = result.num_examples if result.update else result.num_validation
+    metrics = MetricRecord({**judged, "num-examples": num_examples})
+    if not result.update:
+        return RecordDict({"metrics": metrics})
+    return RecordDict({"arrays": strategy_arrays(add(weights, result.update)), "metrics": metrics})
+
+
+# --- ours
 
 
 def pack_silo(silo: Silo) -> RecordDict:
     """A silo's answer to the roll call."""
-    config = ConfigRecord(
-        {
-            "silo": silo.name,
-            "num_examples": len(silo.train),
-            "input_shape": list(silo.schema.input_shape),
-            "num_classes": silo.schema.num_classes,
-        }
-    )
-    return RecordDict({"silo": config})
+    return pack({"silo": silo.name, "num_examples": len(silo.train), "schema": _schema_to_json(silo.schema)})
 
 
 def unpack_silo(content: RecordDict) -> SiloEntry:
-    silo: Mapping[str, Any] = content.config_records["silo"]
-    schema = Schema(tuple(silo["input_shape"]), silo["num_classes"])
-    return SiloEntry(silo["silo"], schema, silo["num_examples"])
+    header, _ = unpack(content)
+    with _understood("an answer to the roll call"):
+        return SiloEntry(str(header["silo"]), _schema_from_json(header["schema"]), int(header["num_examples"]))
 
 
 def pack_result(result: LocalResult) -> RecordDict:
-    counts = ConfigRecord({"num_examples": result.num_examples, "num_validation": result.num_validation})
-    return RecordDict(
-        {
-            "update": pack_arrays(result.update),
-            "counts": counts,
-            "train": MetricRecord(dict(result.train)),
-            "validation": MetricRecord(dict(result.validation)),
-        }
-    )
+    header = {name: value for name, value in vars(result).items() if name != "update"}
+    return pack(header, result.update)
 
 
 def unpack_result(content: RecordDict) -> LocalResult:
-    counts: Mapping[str, Any] = content.config_records["counts"]
-    train, validation = content.metric_records["train"], content.metric_records["validation"]
-    return LocalResult(
-        num_examples=counts["num_examples"],
-        num_validation=counts["num_validation"],
-        train={name: float(value) for name, value in train.items()},  # type: ignore[arg-type]
-        validation={name: float(value) for name, value in validation.items()},  # type: ignore[arg-type]
-        update=unpack_arrays(content.array_records["update"]),
-    )
+    header, update = unpack(content)
+    with _understood("a result"):
+        return LocalResult(
+            num_examples=int(header["num_examples"]),
+            num_validation=int(header["num_validation"]),
+            train={str(name): float(value) for name, value in header["train"].items()},
+            validation={str(name): float(value) for name, value in header["validation"].items()},
+            update=update,
+            seconds=float(header["seconds"]),
+        )
 
 
 def pack_refusal(silo: str, reason: str) -> RecordDict:
@@ -81,21 +116,55 @@ def unpack_refusal(content: RecordDict) -> str | None:
     return f"silo {refusal['silo']!r} refuses: {refusal['reason']}"
 
 
-def pack_arrays(arrays: Sequence[np.ndarray]) -> ArrayRecord:
-    """All arrays as one: Flower moves every array of a record by requests of its own."""
-    flat = np.frombuffer(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays), dtype=np.uint8)
-    forms = np.array([f"{array.dtype.name} {','.join(map(str, array.shape))}" for array in arrays], dtype=str)
-    return ArrayRecord({"bytes": Array(flat), "forms": Array(forms)})
+def pack(header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> RecordDict:
+    """A header of JSON values and arrays as one record of one array of bytes."""
+    forms = [[array.dtype.newbyteorder("<").str, list(array.shape)] for array in arrays]
+    text = json.dumps({"header": dict(header), "arrays": forms}).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    parts: list[Any] = [len(text).to_bytes(ALIGNMENT, "little"), text]
+    for array in filter(np.size, arrays):
+        parts.append(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data.cast("B"))
+    data = b"".join(parts)
+    return RecordDict({RECORD: ArrayRecord({RECORD: Array("uint8", (len(data),), FORMAT, data)})})
 
 
-def unpack_arrays(record: ArrayRecord) -> Weights:
-    flat = record["bytes"].numpy()
-    forms: list[str] = record["forms"].numpy().tolist()
-    arrays, start = [], 0
-    for form in forms:
-        dtype, _, shape_text = form.partition(" ")
-        shape = tuple(int(size) for size in shape_text.split(",") if size)
-        array = np.frombuffer(flat, dtype=dtype, count=int(np.prod(shape)), offset=start).reshape(shape)
-        arrays.append(array)
-        start += array.nbytes
-    return arrays
+def unpack(content: RecordDict) -> tuple[dict[str, Any], Weights]:
+    """The header, and the arrays as views of the message. Raises ValueError for anything but what `pack` made."""
+    with _understood("a message"):
+        data = content.array_records[RECORD][RECORD].data
+        start = ALIGNMENT + int.from_bytes(data[:ALIGNMENT], "little")
+        text = json.loads(data[ALIGNMENT:start])
+        header, forms = text["header"], [(_plain_dtype(name), tuple(shape)) for name, shape in text["arrays"]]
+        arrays = []
+        for dtype, shape in forms:
+            array = np.frombuffer(data, dtype, count=math.prod(shape), offset=start).reshape(shape)
+            arrays.append(array)
+            start += array.nbytes
+    return header, arrays
+
+
+def _plain_dtype(name: str) -> np.dtype:
+    dtype = np.dtype(name)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"arrays hold numbers; received {name!r}")
+    return dtype
+
+
+def _schema_to_json(schema: Schema) -> list[Any]:
+    return [list(schema.input_shape), schema.num_classes]
+
+
+def _schema_from_json(value: Sequence[Any]) -> Schema:
+    input_shape, num_classes = value
+    return Schema(tuple(int(size) for size in input_shape), int(num_classes))
+
+
+@contextmanager
+def _understood(what: str) -> Iterator[None]:
+    """Whatever the other side sent: a ValueError that says which part is missing or of no use."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SyntaxError) as error:
+        raise ValueError(
+            f"{what} that this version of Archipelago does not understand: it lacks or garbles {error}"
+        ) from None

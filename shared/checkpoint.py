@@ -33,7 +33,7 @@ def save_checkpoint(path: Path, experiment: Experiment, checkpoint: Checkpoint) 
 
 
 def load_checkpoint(path: Path, experiment: Experiment, *names: str) -> Checkpoint:
-    """Reads a checkpoint that holds the named groups of arrays (none named: any).
+    """Reads a checkpoint that holds at least the named groups of arrays.
 
     Raises ValueError if there is none, or if it belongs to another experiment or runtime.
     """
@@ -51,7 +51,7 @@ def load_checkpoint(path: Path, experiment: Experiment, *names: str) -> Checkpoi
     arrays: dict[str, list[np.ndarray]] = {}
     for key in sorted(members, key=lambda key: (key.partition("/")[0], int(key.partition("/")[2]))):
         arrays.setdefault(key.partition("/")[0], []).append(members[key])
-    if names and set(arrays) != set(names):
+    if not set(names) <= set(arrays):
         raise ValueError(
             f"The checkpoint {path} was written by another runtime: it holds {sorted(arrays)}, and {sorted(names)} are "
             "needed. Resume it with the command that began it, or choose another run directory."

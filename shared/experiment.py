@@ -80,11 +80,30 @@ class FederationSection(Section):
     num_rounds: Count = 10
     min_silos: Count = 1  # the roll call waits for so many silos
     cohort_size: CountOrZero = 0  # silos drawn for each round; 0: all
+    over_selection: CountOrZero = 0  # silos drawn beyond that; the round ends with the first cohort_size results
+    min_replies: CountOrZero = 0  # results that a round needs; 0: of the whole cohort
+    round_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0  # then the round goes on with those that have answered
     local_epochs: Count = 1
     local_batch_size: CountOrZero = 32  # 0: the silo's whole training data as one batch
     evaluate_on_server: bool = True  # the test split of [data] after each round
     evaluate_on_silos: bool = True  # each silo's own validation examples
-    silo_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0
+    evaluate_every: Count = 1  # rounds between evaluations; the last round's weights are always evaluated
+    early_stopping_patience: CountOrZero = 0  # evaluations without a better validation loss; 0: never stop early
+    restore_best: bool = False  # end with the weights of the best round instead of the last
+    cross_site_evaluation: bool = False  # at the end: each silo's model on each silo's validation examples
+    strategy: str = ""  # a Flower Strategy in place of our rounds, 'package.module:Class'
+    strategy_options: str = ""  # its arguments as TOML text: 'beta = 0.2'
+    silo_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0  # for silos to connect, and to answer outside of rounds
+
+
+class ServerOptimizerSection(Section):
+    """What the server does with the mean update of a round."""
+
+    name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1.0
+    momentum: Fraction = 0.0  # beta_1
+    beta_2: Fraction = 0.99
+    tau: Annotated[float, Field(gt=0.0)] = 0.001  # the smaller, the more adaptive
 
 
 class PerformanceSection(Section):
@@ -115,6 +134,7 @@ class Experiment(Section):
     training: TrainingSection = TrainingSection()
     partition: PartitionSection = PartitionSection()
     federation: FederationSection = FederationSection()
+    server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
     performance: PerformanceSection = PerformanceSection()
     run: RunSection = RunSection()
 
@@ -146,7 +166,8 @@ class Experiment(Section):
 
         How long to train, and how fast, may change between the two.
         """
-        free = ("run.", "performance.", "name", "training.epochs", "federation.num_rounds", "federation.silo_timeout_s")
+        federation = ("num_rounds", "silo_timeout_s", "round_timeout_s", "cross_site_evaluation")
+        free = ("run.", "performance.", "name", "training.epochs", *(f"federation.{key}" for key in federation))
         return {key: value for key, value in self.to_flat().items() if not key.startswith(free)}
 
 
@@ -193,6 +214,48 @@ def _cross_field_rules(e: Experiment) -> Iterable[tuple[bool, str]]:
         e.federation.cohort_size > 0 and e.federation.min_silos < e.federation.cohort_size,
         f"federation.min_silos must reach federation.cohort_size; received {e.federation.min_silos} and "
         f"{e.federation.cohort_size}. Raise min_silos or lower cohort_size.",
+    )
+    federation = e.federation
+    yield (
+        federation.over_selection > 0 and federation.cohort_size == 0,
+        f"federation.over_selection draws silos beyond cohort_size; received {federation.over_selection} with "
+        "cohort_size = 0, all silos. Set federation.cohort_size or over_selection = 0.",
+    )
+    yield (
+        0 < federation.cohort_size < federation.min_replies,
+        f"federation.min_replies cannot exceed federation.cohort_size; received {federation.min_replies} and "
+        f"{federation.cohort_size}. Lower min_replies or raise cohort_size.",
+    )
+    watches = federation.early_stopping_patience > 0 or federation.restore_best
+    yield (
+        watches and not (federation.evaluate_on_silos and e.data.validation_fraction > 0),
+        "federation.early_stopping_patience and federation.restore_best watch the silos' validation loss; received "
+        f"evaluate_on_silos = {str(federation.evaluate_on_silos).lower()} and data.validation_fraction = "
+        f"{e.data.validation_fraction:g}. Set both, for example data.validation_fraction = 0.1.",
+    )
+    ours = {"cohort_size", "over_selection", "min_replies", "early_stopping_patience", "restore_best"}
+    ours |= {"cross_site_evaluation"}
+    used = sorted(key for key in ours if getattr(federation, key)) if federation.strategy else []
+    used += ["server_optimizer"] if federation.strategy and e.server_optimizer != ServerOptimizerSection() else []
+    yield (
+        bool(used),
+        f"federation.strategy runs by its own rules; received {federation.strategy!r} together with {', '.join(used)}. "
+        "Leave these out, or the strategy; its own settings go into federation.strategy_options.",
+    )
+    yield (
+        bool(federation.strategy) and e.run.resume,
+        f"A run by a Flower strategy leaves no checkpoint; received run.resume with federation.strategy = "
+        f"{federation.strategy!r}. Run it anew in another directory.",
+    )
+    yield (
+        federation.cross_site_evaluation and e.data.validation_fraction == 0,
+        "federation.cross_site_evaluation judges models on the silos' validation examples; received "
+        "data.validation_fraction = 0. Hold out some, for example data.validation_fraction = 0.1.",
+    )
+    yield (
+        e.server_optimizer.momentum > 0 and e.server_optimizer.name == "fedavg",
+        f"server_optimizer.momentum belongs to an optimizer with momentum; received {e.server_optimizer.momentum:g} "
+        "with 'fedavg'. Set server_optimizer.name = 'fedavgm' or momentum = 0.0.",
     )
     yield (
         e.partition.kind == "size" and not e.partition.sizes,

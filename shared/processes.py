@@ -15,6 +15,7 @@ from typing import IO, Any, Self
 import psutil
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ENDING = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 5.0  # between asking and killing
 
 
@@ -35,7 +36,7 @@ class ProcessGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        ignored = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
         try:
             self.stop()
         finally:
@@ -43,24 +44,35 @@ class ProcessGroup:
             signal.signal(signal.SIGTERM, self._previous_handler)
 
     def start(
-        self, name: str, command: Sequence[str | Path], environment: Mapping[str, str], log: Path | None = None
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        environment: Mapping[str, str],
+        log: Path | None = None,
+        inherits_output: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Starts a command in a session of its own; its output goes to the log, or to a pipe without one."""
-        output: IO[bytes] | int = log.open("wb") if log else subprocess.PIPE
+        """Starts a command in a session of its own; its output goes to the log, to where ours goes, or to a pipe.
+
+        A name that has ended may be used again.
+        """
+        output: IO[bytes] | int | None = log.open("wb") if log else None if inherits_output else subprocess.PIPE
+        # an interrupt amid a fork would be lost, as Python ignores exceptions of what it runs there, or lose the child
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             process = subprocess.Popen(
                 [str(part) for part in command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=subprocess.STDOUT,
+                stderr=None if inherits_output else subprocess.STDOUT,
                 env=dict(environment),
                 start_new_session=True,  # Ctrl-C reaches us alone: we end the others in order
                 preexec_fn=_end_with_parent,
             )
+            self.processes[name] = process
         finally:
-            if not isinstance(output, int):
+            if output is not None and not isinstance(output, int):
                 output.close()
-        self.processes[name] = process
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         if log:
             self.logs[name] = log
         return process
@@ -98,6 +110,7 @@ def _signal(process: psutil.Process, number: int) -> None:
 def _end_with_parent() -> None:
     """In the child, before it becomes the command. SIGKILL: a child that is busy shutting down must not outlive us."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 _LIBC = ctypes.CDLL(None)  # this process's own libc; looked up here, as little as possible may happen after a fork

@@ -2,6 +2,7 @@
 
 RUN_DIR/experiment.toml   the experiment as it ran
 RUN_DIR/metrics.jsonl     JSON objects, each about one epoch or round
+RUN_DIR/silos.jsonl       of a federation: JSON objects, each about one silo in one round
 RUN_DIR/result.json       the final metrics, sizes, times and identities
 RUN_DIR/model.keras       the trained model
 """
@@ -12,7 +13,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import keras
 
 CHECKPOINT = "checkpoint.npz"
+METRICS, SILOS = "metrics.jsonl", "silos.jsonl"
 VERSIONED = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "horovod", "flwr")
 
 
@@ -89,7 +91,10 @@ class RunRecord:
         """Keeps the rows up to `step`, the one that the checkpoint holds, and goes on counting seconds from there."""
         (self.directory / "result.json").unlink(missing_ok=True)  # until it is finished again
         kept = [row for row in read_metrics(self.directory) if row[self.step_name] <= step]
-        _write_atomically(self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        _write_atomically(self.directory / METRICS, _lines(kept))
+        if (self.directory / SILOS).exists():
+            of_silos = [row for row in _rows(self.directory / SILOS) if row[self.step_name] <= step]
+            _write_atomically(self.directory / SILOS, _lines(of_silos))
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._write_experiment()
 
@@ -98,8 +103,13 @@ class RunRecord:
         return self.seconds_before + time.monotonic() - self.started
 
     def append(self, row: Mapping[str, Any]) -> None:
-        with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "seconds": round(self.seconds, 3)}) + "\n")
+        with (self.directory / METRICS).open("a", encoding="utf-8") as file:
+            file.write(_lines([{**row, "seconds": round(self.seconds, 3)}]))
+
+    def append_silos(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """What each silo of a round said of itself."""
+        with (self.directory / SILOS).open("a", encoding="utf-8") as file:
+            file.write(_lines(rows))
 
     def finish(self, model: keras.Model, result: Mapping[str, Any]) -> None:
         """Saves the model and the result: `metrics` by split, and what the runtime adds (bytes_sent, ...)."""
@@ -125,13 +135,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     Lines of the same step are merged, the first to name a key wins (silos judge a round's weights one round later). A
     last line cut off by a crash is left out.
     """
-    path = directory / "metrics.jsonl"
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
+    for row in _rows(directory / METRICS):
         step = row[step_name_of(row)]
         rows[step] = row | rows.get(step, {})
     return [rows[step] for step in sorted(rows)]
@@ -140,6 +145,18 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 def step_name_of(row: Mapping[str, Any]) -> str:
     """What the row counts: "epoch" or "round"."""
     return "round" if "round" in row else "epoch"
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # cut off by a crash
+            return
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _write_atomically(path: Path, text: str) -> None:

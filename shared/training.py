@@ -107,6 +107,7 @@ class EpochBatches:
         self.rank, self.world_size = rank, world_size
         self.slices = batch_slices(len(dataset), batch_size)
         self._order_in_graphs: tf.Variable | None = None  # what `as_tf_dataset` gathers: this rank's examples in order
+        self._in_graphs: tf.data.Dataset | None = None
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -126,7 +127,12 @@ class EpochBatches:
         return as_fit_data(self.dataset.take(self.indices(step)))
 
     def as_tf_dataset(self) -> tf.data.Dataset:
-        """The same batches, gathered by TensorFlow beside the training: a pass is one epoch."""
+        """The same batches, gathered by TensorFlow beside the training: a pass is one epoch. Always the same object."""
+        if self._in_graphs is None:
+            self._in_graphs = self._make_tf_dataset()
+        return self._in_graphs
+
+    def _make_tf_dataset(self) -> tf.data.Dataset:
         parts = [self.indices(step) for step in range(len(self))]
         bounds = np.cumsum([0, *map(len, parts)])  # the same in every epoch
         with tf.device("CPU:0"):
@@ -184,17 +190,19 @@ def fit_epochs(
     )
 
 
-def evaluate(model: keras.Model, dataset: Dataset) -> dict[str, float]:
-    """Mean loss and metrics of a compiled model over the data set."""
-    x, y, *weight = as_fit_data(dataset)
-    results = model.evaluate(
-        x,
-        y,
-        sample_weight=weight[0] if weight else None,
-        batch_size=EVALUATION_BATCH_SIZE,
-        verbose=0,
-        return_dict=True,
-    )
+def evaluation_batches(dataset: Dataset) -> tf.data.Dataset:
+    """All examples in their order, for who evaluates the same ones again and again: to prepare them takes longer."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    with tf.device("CPU:0"):
+        examples = tf.data.Dataset.from_tensor_slices(as_fit_data(dataset))
+    return examples.batch(EVALUATION_BATCH_SIZE).with_options(options)
+
+
+def evaluate(model: keras.Model, dataset: Dataset | tf.data.Dataset) -> dict[str, float]:
+    """Mean loss and metrics of a compiled model over a data set, or over its `evaluation_batches`."""
+    batches = evaluation_batches(dataset) if isinstance(dataset, Dataset) else dataset
+    results = model.evaluate(batches, verbose=0, return_dict=True)
     return {name: float(value) for name, value in results.items()}
 
 

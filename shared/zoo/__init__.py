@@ -79,8 +79,8 @@ def find_builder(name: str) -> Builder:
     return builder
 
 
-def parse_options(text: str) -> dict[str, Any]:
-    """Reads `model.options`, TOML text, into keyword arguments.
+def parse_options(text: str, key: str = "model.options", example: str = "units = [64, 32]") -> dict[str, Any]:
+    """Reads TOML text, the value of an experiment's key, into keyword arguments.
 
     >>> parse_options("units = [64, 32]")
     {'units': [64, 32]}
@@ -88,9 +88,7 @@ def parse_options(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(
-            f"model.options must be TOML text like 'units = [64, 32]'; received {text!r} ({error})."
-        ) from None
+        raise ValueError(f"{key} must be TOML text like {example!r}; received {text!r} ({error}).") from None
 
 
 def load_initial_weights(model: keras.Model, path: Path) -> None:

@@ -5,25 +5,23 @@ import json
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import keras
 import psutil
 import pytest
 
 from fl_app.launch import LaunchError, cut_data, federate
-from fl_app.local_training import load_silo, train_at_silo
+from fl_app.local_training import Workbench, load_silo
 from fl_app.rounds import run_federation
 from shared.data import load_dataset
 from shared.experiment import Experiment, experiment_from_flat
 from shared.processes import free_ports
 from shared.run_record import RunRecord
-from shared.weights import Weights, add, max_difference, weights_sha256
+from shared.weights import add, max_difference, weights_sha256
 from shared.zoo import build_model
+from tests.federation.processes import final_weights, our_processes, result, start, toml_file, wait_for
 from tests.local_exchange import LocalExchange
 from tests.parallel.launching import BIN, ROOT, environment, run_ranks
 
@@ -53,59 +51,12 @@ def experiment(run: Path, **changes: object) -> Experiment:
     return experiment_from_flat({**FULL_BATCH, "run.directory": str(run), **changes})
 
 
-def toml_file(folder: Path, e: Experiment) -> Path:
-    path = folder / "experiment.toml"
-    path.write_text(e.to_toml())
-    return path
-
-
-def final_weights(run: Path) -> Weights:
-    return keras.models.load_model(run / "model.keras").get_weights()
-
-
-def result(run: Path) -> dict:
-    return json.loads((run / "result.json").read_text())
-
-
-def our_processes(marker: str) -> list[psutil.Process]:
-    """All processes that were started with the marker in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("ARCHIPELAGO_TEST") == marker:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return condition()
-
-
 @pytest.fixture
 def launcher(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts `python -m fl_app.launch`; whatever it leaves behind is ended after the test."""
-    yield functools.partial(launch, str(tmp_path))
+    yield functools.partial(start, str(tmp_path), "fl_app.launch")
     for process in our_processes(str(tmp_path)):
         process.kill()
-
-
-def launch(marker: str, *arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "fl_app.launch", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment(ARCHIPELAGO_TEST=marker),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as on a terminal, wherever the tests run
-    )
 
 
 @dataclass
@@ -123,7 +74,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
     folder = tmp_path_factory.mktemp("killed")
     marker, run = str(folder), folder / "run"
     path = toml_file(folder, experiment(folder / "unused"))
-    first = launch(marker, path, "--silos", 2, "--run-dir", run)
+    first = start(marker, "fl_app.launch", path, "--silos", 2, "--run-dir", run)
     rows = run / "metrics.jsonl"
     reached = wait_for(lambda: rows.is_file() and '"round": 2' in rows.read_text(), timeout_s=400)
     num_processes = len(our_processes(marker))
@@ -132,7 +83,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
     first.wait()
     wait_for(lambda: not our_processes(marker), timeout_s=3)
     left_over = our_processes(marker)
-    resumed = launch(marker, path, "--silos", 2, "--run-dir", run, "--resume")
+    resumed = start(marker, "fl_app.launch", path, "--silos", 2, "--run-dir", run, "--resume")
     output, _ = resumed.communicate(timeout=400)
     yield KilledRun(run, num_processes, left_over, output)
     for process in our_processes(marker):
@@ -140,7 +91,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
 
 
 def test_a_killed_launcher_takes_all_its_processes_along(killed: KilledRun) -> None:
-    assert killed.num_processes >= 7  # launcher, SuperLink, two SuperNodes, their executors, apps
+    assert killed.num_processes >= 9  # launcher, SuperLink, two silos of three each, the app of the server
     assert killed.left_over == []
 
 
@@ -194,10 +145,10 @@ def test_one_silo_is_local_training_and_its_order_is_its_names(tmp_path: Path) -
     silos = cut_data(e, 1, tmp_path)
     federate(e, silos, tmp_path)
 
-    silo = load_silo({"silo": "silo-0", "data": silos["silo-0"]}, e)
+    silo, workbench = load_silo("silo-0", silos["silo-0"], e), Workbench()
     weights = build_model(e.model, silo.schema, e.seed).get_weights()
     for round_number in (1, 2):
-        weights = add(weights, train_at_silo(silo, e, weights, round_number).update)
+        weights = add(weights, workbench.train(silo, silo.schema, e, weights, round_number, True).update)
     assert max_difference(final_weights(tmp_path / "run"), weights) <= 1e-6
     assert set(result(tmp_path / "run")["metrics"]) == {"test", "validation"}
 

@@ -15,7 +15,16 @@ import pytest
 LAYERS = {"shared": {"shared"}, "dist_train": {"shared", "dist_train"}, "fl_app": {"shared", "fl_app"}}
 CONFINED = {
     "horovod": {"dist_train/collectives.py"},
-    "flwr": {"fl_app/client_app.py", "fl_app/server_app.py", "fl_app/messages.py", "fl_app/exchange.py"},
+    "flwr": {
+        "fl_app/client_app.py",
+        "fl_app/server_app.py",
+        "fl_app/messages.py",
+        "fl_app/exchange.py",
+        "fl_app/flower_internals.py",
+        "fl_app/silo/worker.py",
+        "fl_app/strategies.py",
+        "fl_app/strategy_run.py",
+    },
     "flwr_datasets": {"shared/data/partition.py"},
 }
 LAUNCHERS_DOOR = "dist_train/collectives.py"  # the only one to know of ranks and of what a launcher sets
@@ -131,6 +140,8 @@ def test_the_files_that_frameworks_are_confined_to_exist(project: Path):
         ("dist_train/trainer.py", "import horovod", "dist_train/trainer.py imports horovod"),
         ("fl_app/rounds.py", "import dist_train", "fl_app/rounds.py imports dist_train"),
         ("fl_app/rounds.py", "from flwr.serverapp import Grid", "fl_app/rounds.py imports flwr.serverapp"),
+        ("fl_app/silo/supervisor.py", "import flwr.supernode", "fl_app/silo/supervisor.py imports flwr.supernode"),
+        ("fl_app/cohort.py", "m = importlib.import_module('flwr.app')", "fl_app/cohort.py imports flwr.app"),
         ("fl_app/launch.py", "import flwr_datasets", "fl_app/launch.py imports flwr_datasets"),
         ("dist_train/trainer.py", "x = os.environ['HOROVOD_RANK']", "dist_train/trainer.py knows of HOROVOD_RANK"),
         ("shared/a.py", "x = os.getenv('OMPI_COMM_WORLD_RANK')", "shared/a.py knows of OMPI_COMM_WORLD_RANK"),

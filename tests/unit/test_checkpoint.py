@@ -37,6 +37,13 @@ def test_the_checkpoint_of_another_runtime_is_refused(path: Path):
     load_checkpoint(path, EXPERIMENT, "model", "optimizer")
     with pytest.raises(ValueError, match=r"another runtime: it holds \['model', 'optimizer'\].*Resume it with"):
         load_checkpoint(path, EXPERIMENT, "weights")
+    with pytest.raises(ValueError, match=r"another runtime: .*\['model', 'weights'\] are needed"):
+        load_checkpoint(path, EXPERIMENT, "model", "weights")
+
+
+def test_a_checkpoint_may_hold_more_than_is_needed(path: Path):
+    save_checkpoint(path, EXPERIMENT, checkpoint())
+    assert set(load_checkpoint(path, EXPERIMENT, "model").arrays) == {"model", "optimizer"}
 
 
 def test_arrays_and_metadata_come_back_bit_by_bit(path: Path):
@@ -92,6 +99,7 @@ def test_the_file_is_never_there_in_part(path: Path, monkeypatch: pytest.MonkeyP
 def test_more_epochs_or_rounds_and_another_speed_may_resume(path: Path):
     save_checkpoint(path, EXPERIMENT, checkpoint())
     longer = {"training.epochs": 99, "federation.num_rounds": 99, "federation.silo_timeout_s": 1.0}
+    longer |= {"federation.round_timeout_s": 1.0, "federation.cross_site_evaluation": True}
     other = experiment_from_flat({"seed": 3, "name": "b", "performance.steps_per_execution": 5, **longer})
     assert load_checkpoint(path, other).meta["epoch"] == 7
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from shared import experiment as experiment_module
 from shared.experiment import (
     Experiment,
     Scalar,
@@ -20,15 +19,26 @@ from shared.experiment import (
 )
 
 # A valid experiment from which every single key can be changed, and what the keys with few values change to.
-BASE = {"optimizer.name": "sgd", "training.per_rank_batch_size": 8, "training.scale_learning_rate": True}
+BASE = {
+    "optimizer.name": "sgd",
+    "training.per_rank_batch_size": 8,
+    "training.scale_learning_rate": True,
+    "federation.min_silos": 3,
+    "federation.cohort_size": 2,
+    "server_optimizer.name": "fedadam",
+}
+# A Flower strategy has rules of its own in place of these.
+WITHOUT_OURS = {"federation.cohort_size": 0, "server_optimizer.name": "fedavg"}
 OTHER_TEXT = {
     "data.task": "regression",
     "optimizer.name": "adamw",
     "training.aggregation": "adasum",
     "partition.kind": "dirichlet",
+    "server_optimizer.name": "fedyogi",
     "performance.gradient_grouping": "per_tensor",
 }
-FREE_TO_CHANGE = {"name", "training.epochs", "federation.num_rounds", "federation.silo_timeout_s"}
+FREE_TO_CHANGE = {"name", "training.epochs", "federation.cross_site_evaluation"}
+FREE_TO_CHANGE |= {f"federation.{key}" for key in ("num_rounds", "silo_timeout_s", "round_timeout_s")}
 KEYS = list(Experiment().to_flat())
 
 
@@ -44,9 +54,10 @@ def another_value(key: str, value: Scalar) -> Scalar:
             return OTHER_TEXT.get(key, value + "x")
 
 
-def with_other(key: str) -> Experiment:
-    flat = experiment_from_flat(BASE).to_flat()
-    return experiment_from_flat(flat | {key: another_value(key, flat[key])})
+def with_and_without(key: str) -> tuple[Experiment, Experiment]:
+    """Two experiments that differ in this key alone."""
+    flat = experiment_from_flat(BASE | (WITHOUT_OURS if key == "federation.strategy" else {})).to_flat()
+    return experiment_from_flat(flat | {key: another_value(key, flat[key])}), experiment_from_flat(flat)
 
 
 @pytest.fixture
@@ -64,7 +75,9 @@ def load(tmp_path: Path) -> Callable[..., Experiment]:
 
 def test_toml_and_flat_keys_give_back_an_experiment_of_which_every_key_is_changed(load: Callable[..., Experiment]):
     flat = experiment_from_flat(BASE).to_flat()
-    agreeing = BASE | {"performance.predivide_factor": 0.0}  # adasum has none
+    # adasum has no predivide factor, a Flower strategy has rules of its own, and who watches must evaluate
+    agreeing = {"performance.predivide_factor": 0.0, "federation.strategy": "", "federation.evaluate_on_silos": True}
+    agreeing |= BASE
     changed = experiment_from_flat({key: another_value(key, value) for key, value in flat.items()} | agreeing)
     assert load(changed.to_toml()) == changed
     assert experiment_from_flat(changed.to_flat()) == changed
@@ -110,13 +123,15 @@ def test_a_run_directory_is_named_after_the_experiment_unless_it_is_given():
 
 @pytest.mark.parametrize("key", KEYS)
 def test_each_key_changes_the_sha256_except_those_of_run(key: str):
-    assert (with_other(key).sha256() == experiment_from_flat(BASE).sha256()) == key.startswith("run.")
+    changed, plain = with_and_without(key)
+    assert (changed.sha256() == plain.sha256()) == key.startswith("run.")
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_each_key_changes_the_trajectory_except_how_long_how_fast_and_where(key: str):
     is_free = key in FREE_TO_CHANGE or key.startswith(("run.", "performance."))
-    assert (with_other(key).trajectory() == experiment_from_flat(BASE).trajectory()) == is_free
+    changed, plain = with_and_without(key)
+    assert (changed.trajectory() == plain.trajectory()) == is_free
 
 
 # --- the files that come along
@@ -217,78 +232,6 @@ def test_what_is_not_of_the_form_is_refused_with_rule_value_and_remedy(
 def test_every_problem_of_a_file_is_told_at_once(load: Callable[..., Experiment]):
     with pytest.raises(ValueError, match=r"optimizer\.name must be 'sgd'.*\n.*training\.epochs must be greater"):
         load("[training]\nepochs = 0\n[optimizer]\nname = 'adagrad'")
-
-
-# Each rule over several keys: what breaks it, what its message must say, and each remedy that it names.
-RULES = {
-    "held-out fractions": (
-        {"data.test_fraction": 0.6, "data.validation_fraction": 0.5},
-        ["below 1", "received 1.1"],  # 0.6 + 0.5
-        [{"data.test_fraction": 0.4}, {"data.validation_fraction": 0.3}],
-    ),
-    "predivide factor": (
-        {"training.aggregation": "adasum", "performance.predivide_factor": 2.0},
-        ["splits an average", "received 2", "adasum"],
-        [{"training.aggregation": "average"}, {"performance.predivide_factor": 0.0}],
-    ),
-    "momentum": (
-        {"optimizer.momentum": 0.75},
-        ["optimizer.momentum belongs to sgd", "0.75", "'adam'"],
-        [{"optimizer.name": "sgd"}, {"optimizer.momentum": 0.0}],
-    ),
-    "weight decay": (
-        {"optimizer.weight_decay": 0.25},
-        ["optimizer.weight_decay is decoupled", "0.25", "'adam'"],
-        [{"optimizer.name": "adamw"}, {"optimizer.weight_decay": 0.0}],
-    ),
-    "watching nothing": (
-        {"training.early_stopping_patience": 3, "data.validation_fraction": 0.0},
-        ["watch the validation loss", "data.validation_fraction = 0"],
-        [{"data.validation_fraction": 0.1}],
-    ),
-    "a fixed batch does not scale": (
-        {"training.scale_learning_rate": True},
-        ["training.scale_learning_rate", "per_rank_batch_size = 0"],
-        [{"training.per_rank_batch_size": 16}],
-    ),
-    "warming up to nothing": (
-        {"training.warmup_epochs": 5, "training.per_rank_batch_size": 16},
-        ["training.warmup_epochs climbs", "warmup_epochs = 5", "scale_learning_rate = false"],
-        [{"training.scale_learning_rate": True}],
-    ),
-    "cohort": (
-        {"federation.cohort_size": 5, "federation.min_silos": 2},
-        ["federation.min_silos must reach federation.cohort_size", "2 and 5"],
-        [{"federation.min_silos": 5}, {"federation.cohort_size": 2}],
-    ),
-    "sizes": (
-        {"partition.kind": "size"},
-        ["needs partition.sizes", "received none"],
-        [{"partition.sizes": "[100, 200]"}],
-    ),
-}
-
-
-def test_every_rule_over_several_keys_is_broken_below():
-    assert len(RULES) == len(list(experiment_module._cross_field_rules(Experiment())))
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_broken_rule_over_several_keys_names_a_remedy_that_helps(rule: str):
-    broken, words, remedies = RULES[rule]
-    with pytest.raises(ValueError, match="the run config: ") as caught:
-        experiment_from_flat(broken)
-    for word in words:
-        assert word in str(caught.value)
-    for remedy in remedies:
-        (key,) = remedy
-        assert key.partition(".")[2] in str(caught.value)
-        experiment_from_flat(broken | remedy)
-
-
-def test_restore_best_watches_the_validation_loss_too():
-    with pytest.raises(ValueError, match="restore_best watch the validation loss"):
-        experiment_from_flat({"training.restore_best": True, "data.validation_fraction": 0.0})
 
 
 # --- files that are none

@@ -119,6 +119,36 @@ def test_leaving_puts_the_signal_handlers_back(number: signal.Signals):
         signal.signal(number, before)
 
 
+def test_a_name_that_has_ended_may_be_used_again():
+    with ProcessGroup() as group:
+        first = group.start("worker", ["sh", "-c", "exit 3"], child_environment(), inherits_output=True)
+        assert first.wait(START_S) == 3
+        assert group.dead() == ["worker"]
+        second = group.start("worker", ["sleep", "60"], child_environment(), inherits_output=True)
+        assert group.dead() == []
+        assert is_alive(second.pid)
+    assert not is_alive(second.pid)
+
+
+def test_a_child_that_inherits_the_output_tells_where_we_tell(capfd: pytest.CaptureFixture[str]):
+    with ProcessGroup() as group:
+        command = ["sh", "-c", "echo to you; echo to you too >&2"]
+        child = group.start("talks", command, child_environment(), inherits_output=True)
+        assert child.wait(START_S) == 0
+        assert (child.stdout, child.stderr) == (None, None)
+    assert capfd.readouterr() == ("to you\n", "to you too\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_child_can_be_asked_to_end_and_so_can_we_after_starting_it(number: signal.Signals):
+    """Both signals wait while a child is being made; neither we nor the child must be left deaf."""
+    with ProcessGroup() as group:
+        child = group.start("waits", ["sleep", "60"], child_environment())
+        assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        child.send_signal(number)
+        assert child.wait(START_S) == -number
+
+
 def test_children_that_have_ended_by_themselves_are_no_trouble():
     with ProcessGroup() as group:
         ended = group.start("ended", ["sh", "-c", "exit 3"], child_environment())

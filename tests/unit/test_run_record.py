@@ -162,6 +162,36 @@ def test_a_resumed_run_records_the_experiment_as_it_is_now(tmp_path: Path):
     assert load_experiment(tmp_path / "run" / "experiment.toml").training.epochs == 99
 
 
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_resuming_keeps_what_silos_said_up_to_the_step_and_drops_the_rest(tmp_path: Path, step: int):
+    record = opened(tmp_path, "round")
+    for i in range(1, 4):
+        record.append_silos({"round": i, "silo": name} for name in "ab")
+    again = opened(tmp_path, "round", resume=True)
+    again.resume_at(step)
+    again.append_silos([{"round": step + 1, "silo": "c"}])
+    kept = [{"round": i, "silo": name} for i in range(1, step + 1) for name in "ab"]
+    lines = (tmp_path / "run" / "silos.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [*kept, {"round": step + 1, "silo": "c"}]
+
+
+def test_what_a_crash_cut_off_of_what_silos_said_is_dropped(tmp_path: Path):
+    opened(tmp_path, "round").append_silos([{"round": 1, "silo": "a"}])
+    path = tmp_path / "run" / "silos.jsonl"
+    whole = path.read_text()
+    for length in range(len(whole)):
+        path.write_text(whole + whole[:length])
+        opened(tmp_path, "round", resume=True).resume_at(1)
+        assert path.read_text().startswith(whole)
+        assert path.read_text()[len(whole) :] in ("", whole)
+
+
+def test_a_run_without_silos_has_no_file_about_them_even_when_it_is_resumed(tmp_path: Path):
+    opened(tmp_path).append({"epoch": 1})
+    opened(tmp_path, resume=True).resume_at(1)
+    assert not (tmp_path / "run" / "silos.jsonl").exists()
+
+
 # --- reading
 
 

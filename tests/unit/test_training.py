@@ -16,6 +16,7 @@ from shared.training import (
     batch_slices,
     compile_model,
     evaluate,
+    evaluation_batches,
     fit_epochs,
     make_loss,
     make_optimizer,
@@ -197,6 +198,21 @@ def test_validation_metrics_are_those_of_an_evaluation_after_the_epoch(make_data
     assert {name[4:]: values[-1] for name, values in history.items() if name.startswith("val_")} == expected
 
 
+def test_fitting_again_and_again_is_fitting_at_once(make_data: MakeData):
+    """Epoch by epoch with the same batches, in any order of epochs before: the pass is prepared only once."""
+    data = make_data(20)
+    batches = EpochBatches(data, 8, seed=0)
+    start = compiled(data, optimizer__name="sgd").get_weights()
+    again, at_once = compiled(data, optimizer__name="sgd"), compiled(data, optimizer__name="sgd")
+    fit_epochs(again, batches, 5, 7)
+    again.set_weights(start)
+    for epoch in range(3):
+        fit_epochs(again, batches, epoch, epoch + 1)
+    fit_epochs(at_once, EpochBatches(data, 8, seed=0), 0, 3)
+    assert weights_sha256(again.get_weights()) == weights_sha256(at_once.get_weights())
+    assert batches.as_tf_dataset() is batches.as_tf_dataset()
+
+
 def test_no_validation_examples_are_no_validation(make_data: MakeData):
     data = make_data(20)
     history = fit_epochs(compiled(data), EpochBatches(data, 0, seed=0), 0, 1, validation=data.take(np.arange(0)))
@@ -225,6 +241,16 @@ def test_evaluation_of_numbers_is_squared_and_absolute_error_by_hand(make_data: 
     model = compiled(data)
     error = (np.float64(data.x) @ np.float64(model.get_weights()[0]))[:, 0] - data.y
     assert evaluate(model, data) == pytest.approx({"loss": (error**2).mean(), "mae": abs(error).mean()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_batches_that_are_evaluated_again_and_again_give_what_their_examples_give(make_data: MakeData, weighted: bool):
+    data = make_data(EVALUATION_BATCH_SIZE + 44, weighted=weighted)
+    model, batches = compiled(data), evaluation_batches(data)
+    expected = evaluate(model, data)
+    assert evaluate(model, batches) == evaluate(model, batches) == expected
+    model.set_weights([-w for w in model.get_weights()])
+    assert evaluate(model, batches) == evaluate(model, data) != expected
 
 
 # --- losses

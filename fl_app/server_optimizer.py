@@ -1,0 +1,197 @@
+"""Server optimizers: what the server does with the mean update of a round, on plain arrays.
+
+The mean update u takes the place of a negative gradient. With weights w, learning rate eta, momentum beta_1, and
+moments m and v that begin at zero:
+
+    fedavg      w <- w + eta u
+    fedavgm     m <- beta_1 m + u                               w <- w + eta m
+    fedadam     v <- beta_2 v + (1 - beta_2) u^2                w <- w + eta_t m / (sqrt(v) + tau)
+    fedyogi     v <- v - (1 - beta_2) u^2 sign(v - u^2)         w <- w + eta m / (sqrt(v) + tau)
+    fedadagrad  v <- v + u^2                                    w <- w + eta m / (sqrt(v) + tau)
+    where the last three have m <- beta_1 m + (1 - beta_1) u, and fedadam, in step t = 1, 2, ...,
+                eta_t = eta sqrt(1 - beta_2^(t+1)) / (1 - beta_1^(t+1))
+
+fedavgm is of Hsu et al. 2019, arXiv:1909.06335 (v <- beta v + dw, w <- w - v); the last three are Algorithm 2 of Reddi
+et al. 2021, arXiv:2003.00295. All are as in Flower 1.41, which departs from the papers in this:
+
+    fedavgm     a learning rate stands before the momentum; the paper has none (1)
+    fedadam     v begins at 0, not at tau^2 or more; and eta_t: the paper corrects no bias, and Kingma and Ba 2014,
+                arXiv:1412.6980, Section 2, correct it with t, not t + 1
+    fedyogi     v begins at 0, not at tau^2 or more
+    fedadagrad  v begins at 0, not at tau^2 or more; beta_1 is always 0, and here it is as set
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Literal
+
+import numpy as np
+
+from shared.weights import Weights, add
+
+OptimizerName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
+
+
+@dataclass(frozen=True)
+class ServerOptimizer:
+    """Which optimizer, and its settings; one that its formula does not have is without effect.
+
+    Raises ValueError for a name that is not known and a setting out of range.
+    """
+
+    name: OptimizerName = "fedavg"
+    learning_rate: float = 1.0  # eta
+    momentum: float = 0.0  # beta_1
+    beta_2: float = 0.99
+    tau: float = 1e-3  # the smaller, the more adaptive
+
+    def __post_init__(self) -> None:
+        if self.name not in _RULES:
+            raise ValueError(f"A server optimizer is one of {', '.join(_RULES)}; received {self.name!r}. Choose one.")
+        for setting in ("learning_rate", "tau"):
+            if not 0 < (value := getattr(self, setting)) < math.inf:
+                raise ValueError(f"{setting} must be above 0 and finite; received {value}. Choose such a value.")
+        for setting in ("momentum", "beta_2"):
+            if not 0 <= (value := getattr(self, setting)) < 1:
+                raise ValueError(f"{setting} must be at least 0 and below 1; received {value}. Choose such a value.")
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The lists of arrays of its `ServerOptimizerState` that it uses, by name."""
+        return {"fedavg": (), "fedavgm": ("first_moment",)}.get(self.name, ("first_moment", "second_moment"))
+
+
+@dataclass(frozen=True)
+class ServerOptimizerState:
+    """What is carried from round to round: m and v, an array for each trainable one; empty where not used."""
+
+    step: int = 0  # steps done
+    first_moment: Weights = field(default_factory=list)
+    second_moment: Weights = field(default_factory=list)
+
+
+def initial_state(
+    optimizer: ServerOptimizer, weights: Sequence[np.ndarray], trainable: Sequence[bool]
+) -> ServerOptimizerState:
+    """The state before the first step: moments of zeros, in float32 or the weights' dtype if that is wider."""
+    own = _where(trainable, weights)
+    return ServerOptimizerState(0, **{name: [np.zeros_like(w) for w in _widened(own)] for name in optimizer.moments})
+
+
+def apply_update(
+    optimizer: ServerOptimizer,
+    state: ServerOptimizerState,
+    weights: Sequence[np.ndarray],
+    mean_update: Sequence[np.ndarray],
+    trainable: Sequence[bool],
+) -> tuple[Weights, ServerOptimizerState]:
+    """One step: the weights after it, by the formulas above, and the state to pass to the next one.
+
+    Arrays that are not trainable follow plain FedAvg, w + u: they are statistics, and an adaptive step could make a
+    variance negative. Guarantees: the arguments stay as they are and share no memory with the result; the weights keep
+    their dtypes; fedavg with learning rate 1 is bit-equal to `add(weights, mean_update)`. Raises ValueError if shapes
+    do not match.
+
+    >>> optimizer, weights, trainable = ServerOptimizer("fedavgm", momentum=0.5), [np.float32([1.0])], [True]
+    >>> state = initial_state(optimizer, weights, trainable)
+    >>> for _ in range(2):
+    ...     weights, state = apply_update(optimizer, state, weights, [np.float32([1.0])], trainable)
+    >>> weights, state.step  # 1 + 1 + (0.5 * 1 + 1)
+    ([array([3.5], dtype=float32)], 2)
+    """
+    _check_shapes(optimizer, state, weights, mean_update, trainable)
+    steps, after = _RULES[optimizer.name](optimizer, state, _widened(_where(trainable, mean_update)))
+    step = iter(steps)
+    changes = [next(step) if own else update for own, update in zip(trainable, mean_update, strict=True)]
+    return add(weights, changes), after
+
+
+# --- the rules: from the updates of the trainable arrays to their changes and the next state
+
+Rule = Callable[[ServerOptimizer, ServerOptimizerState, Weights], tuple[Weights, ServerOptimizerState]]
+
+
+def _fedavg(o: ServerOptimizer, state: ServerOptimizerState, updates: Weights) -> tuple[Weights, ServerOptimizerState]:
+    return [o.learning_rate * u for u in updates], ServerOptimizerState(state.step + 1)
+
+
+def _fedavgm(o: ServerOptimizer, state: ServerOptimizerState, updates: Weights) -> tuple[Weights, ServerOptimizerState]:
+    first = [o.momentum * m + u for m, u in zip(state.first_moment, updates, strict=True)]
+    return [o.learning_rate * m for m in first], ServerOptimizerState(state.step + 1, first)
+
+
+def _fedadam(o: ServerOptimizer, state: ServerOptimizerState, updates: Weights) -> tuple[Weights, ServerOptimizerState]:
+    second = [o.beta_2 * v + (1 - o.beta_2) * u**2 for v, u in zip(state.second_moment, updates, strict=True)]
+    power = state.step + 2  # t + 1 in step t, as in Flower
+    correction = math.sqrt(1 - o.beta_2**power) / (1 - o.momentum**power)
+    return _adaptive(o, state, updates, second, o.learning_rate * correction)
+
+
+def _fedyogi(o: ServerOptimizer, state: ServerOptimizerState, updates: Weights) -> tuple[Weights, ServerOptimizerState]:
+    pairs = zip(state.second_moment, updates, strict=True)
+    second = [v - (1 - o.beta_2) * u**2 * np.sign(v - u**2) for v, u in pairs]
+    return _adaptive(o, state, updates, second, o.learning_rate)
+
+
+def _fedadagrad(
+    o: ServerOptimizer, state: ServerOptimizerState, updates: Weights
+) -> tuple[Weights, ServerOptimizerState]:
+    second = [v + u**2 for v, u in zip(state.second_moment, updates, strict=True)]
+    return _adaptive(o, state, updates, second, o.learning_rate)
+
+
+def _adaptive(
+    o: ServerOptimizer, state: ServerOptimizerState, updates: Weights, second: Weights, learning_rate: float
+) -> tuple[Weights, ServerOptimizerState]:
+    first = [o.momentum * m + (1 - o.momentum) * u for m, u in zip(state.first_moment, updates, strict=True)]
+    steps = [learning_rate * m / (np.sqrt(v) + o.tau) for m, v in zip(first, second, strict=True)]
+    return steps, ServerOptimizerState(state.step + 1, first, second)
+
+
+_RULES: Mapping[str, Rule] = {
+    "fedavg": _fedavg,
+    "fedavgm": _fedavgm,
+    "fedadam": _fedadam,
+    "fedyogi": _fedyogi,
+    "fedadagrad": _fedadagrad,
+}
+
+
+# --- helpers
+
+
+def _where(trainable: Sequence[bool], arrays: Sequence[np.ndarray]) -> Weights:
+    return [array for own, array in zip(trainable, arrays, strict=True) if own]
+
+
+def _widened(arrays: Sequence[np.ndarray]) -> Weights:
+    """In float32 at least: the square of a small update is 0 in float16."""
+    return [np.asarray(array, dtype=np.result_type(array.dtype, np.float32)) for array in arrays]
+
+
+def _check_shapes(
+    optimizer: ServerOptimizer,
+    state: ServerOptimizerState,
+    weights: Sequence[np.ndarray],
+    mean_update: Sequence[np.ndarray],
+    trainable: Sequence[bool],
+) -> None:
+    if len(trainable) != len(weights):
+        raise ValueError(
+            f"trainable must say of each array whether it is; received {len(trainable)} values for {len(weights)} "
+            "arrays. Pass [variable.trainable for variable in model.weights]."
+        )
+    _check_same_shapes("mean_update", mean_update, weights, "Average updates of this model's weights.")
+    own = _where(trainable, weights)
+    for name in ("first_moment", "second_moment"):
+        expected = own if name in optimizer.moments else []
+        _check_same_shapes(name, getattr(state, name), expected, "Begin with initial_state, or restore what it became.")
+
+
+def _check_same_shapes(name: str, arrays: Sequence[np.ndarray], like: Sequence[np.ndarray], remedy: str) -> None:
+    shapes = zip_longest(map(np.shape, arrays), map(np.shape, like), fillvalue="none")
+    for i, (received, expected) in enumerate(shapes):
+        if received != expected:
+            raise ValueError(f"Array {i} of {name} must have shape {expected}; received {received}. {remedy}")

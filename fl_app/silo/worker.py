@@ -1,0 +1,98 @@
+"""python -m fl_app.silo.worker: does the tasks of a SuperNode one after the other, in one living process.
+
+It runs the code that is installed here: a bundle with other code is refused. Started by `python -m fl_app.silo`.
+"""
+
+import argparse
+import hashlib
+import io
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flwr.app import Context, Message
+
+from fl_app.client_app import make_app
+from fl_app.flower_internals import AdaptiveWait, Task, TaskSource, TaskWithdrawn, installed_bundle, message_to_bytes
+from fl_app.local_training import Workbench
+from fl_app.messages import pack_refusal
+from fl_app.silo.task_file import TaskFile
+
+PROJECT = Path(__file__).resolve().parents[2]
+PACKAGES = ("shared", "dist_train", "fl_app")
+
+
+def bundle_digest(bundle: bytes) -> str:
+    """SHA-256 over the names and contents of an app bundle's files, whatever made and compressed it."""
+    with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+        files = sorted(name for name in archive.namelist() if not name.startswith(".info/"))
+        lines = [f"{name} {hashlib.sha256(archive.read(name)).hexdigest()}\n" for name in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def work(source: TaskSource, file: TaskFile, answer: Callable[[Message, Context, bytes], Message]) -> None:
+    """Takes tasks and answers them, for ever."""
+    wait = AdaptiveWait()
+    while True:
+        task = source.next_task()
+        if task is None:
+            wait.wait()
+            continue
+        try:
+            _do(task, file, answer)
+        except TaskWithdrawn as error:
+            print(f"the task in hand was withdrawn: {error}", flush=True)
+        file.clear()
+        wait.happened()
+
+
+def _do(task: Task, file: TaskFile, answer: Callable[[Message, Context, bytes], Message]) -> None:
+    file.write(task.token)
+    try:
+        with task.heartbeat():
+            message, context, bundle = task.pull()
+            file.write(task.token, message_to_bytes(message))
+            task.answer(answer(message, context, bundle), context)
+    finally:
+        task.close()
+
+
+def checked_app(installed: str) -> Callable[[Message, Context, bytes], Message]:
+    """The ClientApp of the installed code, with a workbench of its own. It refuses to stand in for other code."""
+    app = make_app(Workbench())
+    digests: dict[bytes, str] = {}  # of the last bundle
+
+    def answer(message: Message, context: Context, bundle: bytes) -> Message:
+        if bundle not in digests:
+            digests.clear()
+            digests[bundle] = bundle_digest(bundle)
+        if (received := digests[bundle]) != installed:
+            reason = (
+                f"it runs the app that is installed here, {installed[:16]}; received the bundle {received[:16]}. "
+                "Install the same version of Archipelago on both sides."
+            )
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            return Message(
+                pack_refusal(str(context.node_config.get("silo", "without a name")), reason), reply_to=message
+            )
+        return app(message=message, context=context)
+
+    return answer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fl_app.silo.worker", description=__doc__)
+    parser.add_argument("--runtime-api", required=True, metavar="HOST:PORT", help="of the SuperNode")
+    parser.add_argument("--task-file", required=True, type=Path, help="where the task in hand is noted")
+    options = parser.parse_args(arguments)
+    answer = checked_app(bundle_digest(installed_bundle(PROJECT, PACKAGES)))
+    file = TaskFile(options.task_file)
+    file.clear()
+    print("the worker is ready", flush=True)
+    work(TaskSource(options.runtime_api), file, answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Silos as a consortium runs them: one SuperLink, living silos, several runs; and what happens when a silo fails."""
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from fl_app.launch import cut_data
+from fl_app.rounds import run_federation
+from shared.experiment import Experiment, experiment_from_flat
+from shared.processes import ProcessGroup, free_ports, wait_until_listening
+from shared.run_record import RunRecord
+from tests.federation.processes import MARK, cleaned_up, our_processes, result, rows, start, toml_file, wait_for
+from tests.local_exchange import LocalExchange
+from tests.parallel.launching import BIN, ROOT, environment
+
+pytestmark = pytest.mark.federation
+
+WINE = {
+    "name": "silos",
+    "data.name": "wine",
+    "model.name": "mlp",
+    "model.options": "units = [8]",
+    "federation.num_rounds": 2,
+    "federation.min_silos": 2,
+    "federation.evaluate_on_server": False,
+}
+
+
+def experiment(run: Path, **changes: object) -> Experiment:
+    return experiment_from_flat({**WINE, "run.directory": str(run), **changes})
+
+
+@dataclass
+class Consortium:
+    """A SuperLink, and the living silos that are connected to it."""
+
+    folder: Path
+    group: ProcessGroup
+    port: int
+    data: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mark(self) -> str:
+        return str(self.folder)
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        return environment(
+            FLWR_HOME=str(self.folder), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.2", **{MARK: self.mark}, **changes
+        )
+
+    def start_silo(self, name: str, data: str, **changes: str) -> Path:
+        """Starts a silo and waits until its worker is ready; returns its log."""
+        command = [sys.executable, "-m", "fl_app.silo", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
+        log = self.folder / f"{name}.log"
+        self.group.start(name, [*command, "--silo", name, "--data", data], self.environment(**changes), log)
+        assert wait_for(lambda: "the worker is ready" in log.read_text(), 120), log.read_text()
+        return log
+
+    def start_run(self, e: Experiment) -> subprocess.Popen:
+        path = toml_file(Path(e.run_directory).parent, e)
+        command = [BIN / "flwr", "run", ROOT, "here", "--stream", "--run-config", path]
+        return subprocess.Popen(
+            command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def worker(self, name: str) -> int:
+        """The process id of a silo's worker: a grandchild of ours."""
+        silo = self.group.processes[name].pid
+        (worker,) = [p for p in our_processes(self.mark, "fl_app.silo.worker") if p.ppid() == silo]
+        return worker.pid
+
+
+@pytest.fixture(scope="module")
+def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
+    folder = tmp_path_factory.mktemp("consortium")
+    (port,) = free_ports(1)
+    (folder / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    with ProcessGroup() as group:
+        ours = Consortium(folder, group, port)
+        command = [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--disable-runtime-dependency-installation"]
+        superlink = group.start("superlink", command, ours.environment(), folder / "superlink.log")
+        assert wait_until_listening(port, superlink, 60)
+        ours.data = cut_data(experiment(folder / "unused"), 2, folder)
+        for name, data in ours.data.items():
+            ours.start_silo(name, data)
+        yield ours
+    for process in our_processes(ours.mark):
+        process.kill()
+
+
+@pytest.fixture
+def starter(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts `python -m MODULE ...`; whatever it leaves behind is ended after the test."""
+    with cleaned_up(str(tmp_path)):
+        yield functools.partial(start, str(tmp_path))
+
+
+def finished(run: subprocess.Popen, timeout_s: float = 240) -> str:
+    output, _ = run.communicate(timeout=timeout_s)
+    return output
+
+
+def lines_until(process: subprocess.Popen, text: str) -> str:
+    """What the process prints up to the line with this text."""
+    lines: list[str] = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"{text!r} was never printed:\n{''.join(lines)}")
+
+
+def test_two_runs_queued_on_one_superlink_each_end_as_if_alone(consortium: Consortium, tmp_path: Path) -> None:
+    """The silos' workers go from the one to the other and back; nothing of the one may stay in the other."""
+    momentum = {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.learning_rate": 0.1}
+    changes = ({"seed": 1}, {"seed": 2, **momentum})
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+    queued = [experiment(tmp_path / str(i) / "run", **changes[i]) for i in range(2)]
+    outputs = [finished(run) for run in [consortium.start_run(e) for e in queued]]
+    for e, output in zip(queued, outputs, strict=True):
+        assert "round 2/2" in output, output
+        alone = e.model_copy(update={"run": e.run.model_copy(update={"directory": f"{e.run_directory}-alone"})})
+        run_federation(alone, LocalExchange(alone, consortium.data), RunRecord(alone, "flower", "round"))
+        assert result(e.run_directory)["weights_sha256"] == result(alone.run_directory)["weights_sha256"]
+
+
+LONG = {"federation.local_epochs": 300, "federation.local_batch_size": 16}  # a task of some seconds
+
+
+def test_a_worker_that_is_killed_on_a_task_is_named_at_once_and_replaced(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    e = experiment(tmp_path / "run", **LONG, **{"federation.min_replies": 1})
+    run = consortium.start_run(e)
+    log = consortium.folder / "silo-1.log"
+    victim = consortium.worker("silo-1")
+    lines_until(run, "roll call: 2 silos")
+    task = wait_for_task(victim)
+    time.sleep(1)  # it trains
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    assert wait_for(lambda: not task.exists(), 5)
+    assert time.monotonic() - killed < 5
+    output = finished(run)
+    told = "silo 'silo-1' is left out of the round: the silo's worker was ended by SIGKILL while it did this task"
+    assert told in output, output
+    first, second = (row for row in rows(e.run_directory) if "cohort" in row)
+    assert first["cohort"] == ["silo-0"]
+    assert "SIGKILL" in first["failures"]["silo-1"]
+    assert second["cohort"] == ["silo-0", "silo-1"]
+    assert "it is started anew" in log.read_text()
+    assert consortium.worker("silo-1") != victim
+
+
+def wait_for_task(worker: int) -> Path:
+    """Waits until a worker has a task in hand, and returns its note of it."""
+    import psutil
+
+    command = psutil.Process(worker).cmdline()
+    file = Path(command[command.index("--task-file") + 1])
+    assert wait_for(lambda: file.exists() and '"message": "' in file.read_text() and len(file.read_text()) > 120, 120)
+    return file
+
+
+def test_a_round_goes_on_without_a_silo_that_never_answers(consortium: Consortium, tmp_path: Path) -> None:
+    changes = {"federation.min_replies": 1, "federation.round_timeout_s": 40.0, "federation.num_rounds": 1}
+    e = experiment(tmp_path / "run", **LONG, **changes, **{"federation.evaluate_on_silos": False})
+    run = consortium.start_run(e)
+    frozen = consortium.worker("silo-0")
+    lines_until(run, "roll call: 2 silos")
+    wait_for_task(frozen)
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        output = finished(run)
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    assert "round 1/1" in output, output
+    (row,) = (row for row in rows(e.run_directory) if "cohort" in row)
+    assert row["cohort"] == ["silo-1"]
+    assert row["failures"] == {"silo-0": "no answer within 40 s"}
+
+
+def test_a_silo_with_another_app_is_refused_and_both_versions_are_told(consortium: Consortium, tmp_path: Path) -> None:
+    for package in ("shared", "dist_train", "fl_app"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "shared" / "metrics.py").open("a") as file:
+        file.write("# one line more\n")
+    log = consortium.start_silo("other", "wine", PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    try:
+        e = experiment(tmp_path / "run", **{"federation.min_silos": 3})
+        output = finished(consortium.start_run(e))
+    finally:
+        consortium.group.processes["other"].terminate()
+        consortium.group.processes["other"].wait()
+    (reason,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "silo 'other' refuses: it runs the app that is installed here" in reason
+    assert "received the bundle" in reason
+    assert "Install the same version" in reason
+    assert "received the bundle" in log.read_text()
+    assert not e.run_directory.exists()
+
+
+def test_a_silo_whose_training_diverges_is_left_out_by_name(starter, tmp_path: Path) -> None:
+    good, wild = tmp_path / "good.csv", tmp_path / "wild.csv"
+    lines = [f"{i % 7},{i % 3},{i % 2}" for i in range(60)]
+    good.write_text("\n".join(["a,b,label", *lines]))
+    wild.write_text("\n".join(["a,b,label", *(f"{i}e30,{i % 3}e30,{i % 2}" for i in range(60))]))
+    e = experiment(tmp_path / "run", **{"federation.min_replies": 1, "optimizer.name": "sgd"})
+    silos = ("--silo", f"good={good}", "--silo", f"wild={wild}")
+    run = starter("fl_app.launch", toml_file(tmp_path, e), *silos, "--run-dir", tmp_path / "run")
+    output = finished(run)
+    assert run.returncode == 0, output
+    told = [line for line in output.splitlines() if line.startswith("silo 'wild' is left out of the round")]
+    assert len(told) == 2
+    assert all("must be finite" in line for line in told)
+    assert [row["cohort"] for row in rows(tmp_path / "run") if "cohort" in row] == [["good"]] * 2
+    assert our_processes(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("node", ["flower", "worker-stock-waits"])
+def test_stock_supernodes_run_the_same_app_to_the_same_weights(starter, tmp_path: Path, node: str) -> None:
+    e = experiment(tmp_path / "run", **{"federation.num_rounds": 1, "federation.evaluate_on_silos": False})
+    path = toml_file(tmp_path, e)
+    run = starter("fl_app.launch", path, "--silos", 2, "--node", node, "--run-dir", tmp_path / "run")
+    output = finished(run)
+    assert run.returncode == 0, output
+    here = experiment(tmp_path / "here", **{"federation.num_rounds": 1, "federation.evaluate_on_silos": False})
+    run_federation(here, LocalExchange(here, cut_data(here, 2, tmp_path)), RunRecord(here, "flower", "round"))
+    assert result(tmp_path / "run")["weights_sha256"] == result(tmp_path / "here")["weights_sha256"]
+
+
+@pytest.mark.parametrize("phase", ["the SuperNode is running", "the worker is ready"])
+def test_ctrl_c_at_a_silo_leaves_no_process(starter, tmp_path: Path, phase: str) -> None:
+    """Also while its SuperNode waits for a SuperLink that is not there."""
+    (port,) = free_ports(1)
+    command = ("--insecure", "--superlink", f"127.0.0.1:{port}", "--silo", "a", "--data", "wine")
+    silo = starter("fl_app.silo", *command)
+    before = lines_until(silo, phase)
+    silo.send_signal(signal.SIGINT)
+    output, _ = silo.communicate(timeout=30)
+    assert silo.returncode == 130, before + output
+    assert "has left the federation" in output
+    assert "Traceback" not in before + output
+    assert wait_for(lambda: not our_processes(str(tmp_path)), 1)
+
+
+@pytest.mark.parametrize("victim", ["fl_app.silo", "fl_app.silo.supernode"])
+def test_a_killed_silo_or_supernode_leaves_no_process(starter, tmp_path: Path, victim: str) -> None:
+    (port,) = free_ports(1)
+    command = ("--insecure", "--superlink", f"127.0.0.1:{port}", "--silo", "a", "--data", "wine")
+    silo = starter("fl_app.silo", *command)
+    assert wait_for(lambda: our_processes(str(tmp_path), "fl_app.silo.worker"), 60)
+    (process,) = our_processes(str(tmp_path), victim)
+    process.kill()
+    output, _ = silo.communicate(timeout=30)
+    assert wait_for(lambda: not our_processes(str(tmp_path)), 3)
+    if victim != "fl_app.silo":
+        assert silo.returncode == 2
+        assert "error: the SuperNode of silo a was ended by SIGKILL" in output

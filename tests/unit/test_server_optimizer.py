@@ -1,0 +1,290 @@
+"""Server optimizers against identities and closed forms."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fl_app.server_optimizer import ServerOptimizer, ServerOptimizerState, apply_update, initial_state
+from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from shared.experiment import experiment_from_flat
+from shared.weights import Weights, add
+
+SHAPES = ((3, 2), (4,), ())
+ALL = [True] * len(SHAPES)
+NAMES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+ETA, BETA_1, BETA_2, TAU = 0.3, 0.9, 0.8, 0.05
+NUM_ROUNDS = 6
+
+
+def optimizer(name: Any, **settings: float) -> ServerOptimizer:
+    return ServerOptimizer(name, **{"learning_rate": ETA, "momentum": BETA_1, "beta_2": BETA_2, "tau": TAU, **settings})
+
+
+def random_arrays(seed: int, dtype: Any = np.float64, scale: float = 1.0) -> Weights:
+    rng = np.random.default_rng(seed)
+    return [np.asarray(scale * rng.normal(size=shape), dtype=dtype) for shape in SHAPES]
+
+
+def bits(arrays: Sequence[np.ndarray]) -> list[tuple[np.dtype, tuple[int, ...], bytes]]:
+    return [(array.dtype, array.shape, array.tobytes()) for array in arrays]
+
+
+def trajectory(
+    rule: ServerOptimizer, weights: Weights, updates: Sequence[Weights], trainable: Sequence[bool] = ALL
+) -> list[tuple[Weights, ServerOptimizerState]]:
+    """Weights and state before the first update and after each."""
+    passed = [(weights, initial_state(rule, weights, trainable))]
+    for update in updates:
+        weights, state = passed[-1]
+        passed.append(apply_update(rule, state, weights, update, trainable))
+    return passed
+
+
+def final_weights(rule: ServerOptimizer, dtype: Any = np.float64, trainable: Sequence[bool] = ALL) -> Weights:
+    updates = [random_arrays(seed, dtype) for seed in range(1, NUM_ROUNDS + 1)]
+    return trajectory(rule, random_arrays(0, dtype), updates, trainable)[-1][0]
+
+
+def assert_close(a: Sequence[np.ndarray], b: Sequence[np.ndarray], relative: float = 1e-12) -> None:
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=relative, atol=0.0)
+
+
+# --- identities
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_fedavg_with_learning_rate_1_adds_the_update_bit_by_bit(dtype: Any):
+    for seed in range(20):
+        weights, update = random_arrays(seed, dtype), random_arrays(seed + 100, dtype, scale=10.0 ** (seed % 5 - 4))
+        update[1][0] = -0.0
+        stepped, _ = apply_update(ServerOptimizer(), ServerOptimizerState(), weights, update, ALL)
+        assert bits(stepped) == bits(add(weights, update))
+
+
+def test_fedavgm_without_momentum_is_fedavg():
+    assert bits(final_weights(optimizer("fedavgm", momentum=0.0))) == bits(final_weights(optimizer("fedavg")))
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad"])
+def test_the_first_step_without_memory_is_the_same_for_all_adaptive_ones(name: str):
+    """With momentum = beta_2 = 0, v = u^2 and no bias to correct: w + eta u / (|u| + tau)."""
+    weights, update = random_arrays(0), random_arrays(1)
+    rule = optimizer(name, momentum=0.0, beta_2=0.0)
+    expected = [w + ETA * u / (np.abs(u) + TAU) for w, u in zip(weights, update, strict=True)]
+    assert_close(trajectory(rule, weights, [update])[1][0], expected)
+
+
+@pytest.mark.parametrize("name", ["fedyogi", "fedadagrad"])
+def test_a_large_tau_leaves_fedavg(name: str):
+    rule = optimizer(name, momentum=0.0, tau=1e9, learning_rate=1e9)
+    assert_close(final_weights(rule), final_weights(optimizer("fedavg", learning_rate=1.0)), relative=1e-7)
+
+
+# --- closed forms of one entry, as sums over all updates so far
+
+
+def decayed(beta: float, values: Sequence[float]) -> float:
+    """sum_s beta^(t-s) x_s."""
+    return sum(beta ** (len(values) - 1 - s) * x for s, x in enumerate(values))
+
+
+def mean_of(updates: Sequence[float]) -> float:
+    return (1 - BETA_1) * decayed(BETA_1, updates)
+
+
+def yogi_v(updates: Sequence[float]) -> float:
+    v = 0.0
+    for u in updates:
+        v = v + (1 - BETA_2) * u * u if v < u * u else v - (1 - BETA_2) * u * u
+    return v
+
+
+def fedadam_step(updates: Sequence[float]) -> float:
+    t = len(updates)
+    rate = ETA * (1 - BETA_2 ** (t + 1)) ** 0.5 / (1 - BETA_1 ** (t + 1))
+    v = (1 - BETA_2) * decayed(BETA_2, [u * u for u in updates])
+    return rate * mean_of(updates) / (v**0.5 + TAU)
+
+
+CLOSED_FORMS: dict[str, Callable[[Sequence[float]], float]] = {
+    "fedavg": lambda updates: ETA * updates[-1],
+    "fedavgm": lambda updates: ETA * decayed(BETA_1, updates),
+    "fedadam": fedadam_step,
+    "fedyogi": lambda updates: ETA * mean_of(updates) / (yogi_v(updates) ** 0.5 + TAU),
+    "fedadagrad": lambda updates: ETA * mean_of(updates) / (sum(u * u for u in updates) ** 0.5 + TAU),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_entry_follows_the_closed_form(name: str):
+    updates = [random_arrays(seed) for seed in range(1, NUM_ROUNDS + 1)]
+    passed = trajectory(optimizer(name), random_arrays(0), updates)
+    for i, shape in enumerate(SHAPES):
+        for at in np.ndindex(shape):
+            seen = [float(update[i][at]) for update in updates]
+            w = float(passed[0][0][i][at])
+            for t in range(1, NUM_ROUNDS + 1):
+                w += CLOSED_FORMS[name](seen[:t])
+                assert float(passed[t][0][i][at]) == pytest.approx(w, rel=1e-12, abs=1e-13)
+    assert [state.step for _, state in passed] == list(range(NUM_ROUNDS + 1))
+
+
+def test_yogi_lets_v_go_by_the_size_of_the_update_not_of_v():
+    rule, weights = optimizer("fedyogi", beta_2=0.75), [np.zeros(1)]
+    (_, state) = trajectory(rule, weights, [[np.array([4.0])], [np.array([1.0])], [np.array([2.0])]], [True])[-1]
+    assert state.second_moment[0].tolist() == [4.0 - 0.25 + 0.25 * 4.0]  # 0.25 * 16 = 4, above 1; 3.75, below 4
+
+
+# --- arrays that are not trainable
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arrays_that_are_not_trainable_follow_plain_fedavg(name: str):
+    updates = [random_arrays(seed, np.float32) for seed in range(1, 4)]
+    mixed = trajectory(optimizer(name), random_arrays(0, np.float32), updates, [True, False, True])
+    all_trainable = trajectory(optimizer(name), random_arrays(0, np.float32), updates)
+    statistics = random_arrays(0, np.float32)[1]
+    for t, update in enumerate(updates, start=1):
+        statistics = statistics + update[1]
+        assert bits([mixed[t][0][1]]) == bits([statistics])
+        assert bits(mixed[t][0][::2]) == bits(all_trainable[t][0][::2])  # the others do not notice
+        for moment in (mixed[t][1].first_moment, mixed[t][1].second_moment):
+            assert [array.shape for array in moment] in ([], [SHAPES[0], SHAPES[2]])
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad"])
+def test_a_variance_stays_positive_where_an_adaptive_step_would_not_leave_it_so(name: str):
+    variance, update = [np.float32([0.01])], [np.float32([-0.005])]
+    rule = optimizer(name, learning_rate=1.0, momentum=0.0, tau=1e-3)
+    assert trajectory(rule, variance, [update], [False])[1][0][0] > 0
+    assert trajectory(rule, variance, [update], [True])[1][0][0] < 0
+
+
+# --- purity, dtypes, state
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_arguments_stay_as_they_are_and_share_no_memory_with_the_result(name: str):
+    rule, trainable = optimizer(name), [True, False, True]
+    state = trajectory(rule, random_arrays(0), [random_arrays(1)], trainable)[-1][1]
+    weights, update = random_arrays(2), random_arrays(3)
+    given = [*weights, *update, *state.first_moment, *state.second_moment]
+    before = bits(given)
+    stepped, after = apply_update(rule, state, weights, update, trainable)
+    result = [*stepped, *after.first_moment, *after.second_moment]
+    assert bits(given) == before
+    assert state.step == 1
+    assert not any(np.shares_memory(a, b) for a in given for b in result)
+    again = apply_update(rule, state, weights, update, trainable)
+    assert bits([*again[0], *again[1].first_moment, *again[1].second_moment]) == bits(result)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_keep_their_dtype_and_moments_have_float32_at_least(name: str, dtype: Any):
+    updates = [random_arrays(seed, dtype) for seed in (1, 2)]
+    for weights, state in trajectory(optimizer(name), random_arrays(0, dtype), updates):
+        assert {array.dtype for array in weights} == {np.dtype(dtype)}
+        moments = {array.dtype for array in [*state.first_moment, *state.second_moment]}
+        assert moments <= {np.result_type(dtype, np.float32)}
+
+
+def test_small_updates_of_float16_have_squares():
+    update = [np.full(1, 1e-4, np.float16)]  # its square is 0 in float16
+    state = trajectory(optimizer("fedadagrad"), [np.zeros(1, np.float16)], [update], [True])[-1][1]
+    np.testing.assert_allclose(state.second_moment, [[1e-8]], rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_the_checkpoint_of_any_round_it_goes_on_bit_by_bit(name: str, tmp_path: Path):
+    rule, experiment, path = optimizer(name), experiment_from_flat({}), tmp_path / "checkpoint.npz"
+    updates = [random_arrays(seed, np.float32) for seed in range(1, NUM_ROUNDS + 1)]
+    undisturbed = trajectory(rule, random_arrays(0, np.float32), updates)
+    for t, (weights, state) in enumerate(undisturbed):
+        arrays = {"weights": weights} | {moment: getattr(state, moment) for moment in rule.moments}
+        save_checkpoint(path, experiment, Checkpoint(arrays, {"step": state.step}))
+        loaded = load_checkpoint(path, experiment, "weights", *rule.moments)
+        weights = list(loaded.arrays["weights"])
+        state = ServerOptimizerState(loaded.meta["step"], **{m: list(loaded.arrays[m]) for m in rule.moments})
+        for update in updates[t:]:
+            weights, state = apply_update(rule, state, weights, update, ALL)
+        last_weights, last_state = undisturbed[-1]
+        assert bits(weights) == bits(last_weights)
+        assert state.step == last_state.step
+        for moment in ("first_moment", "second_moment"):
+            assert bits(getattr(state, moment)) == bits(getattr(last_state, moment))
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainable": ALL[:2]}, r"received 2 values for 3 arrays\. Pass \[variable\.trainable"),
+        (
+            {"mean_update": random_arrays(1)[:2]},
+            r"Array 2 of mean_update must have shape \(\); received none\. Average",
+        ),
+        (
+            {"mean_update": [*random_arrays(1), np.zeros(5)]},
+            r"Array 3 of mean_update must have shape none; received \(5,\)",
+        ),
+        (
+            {"mean_update": [random_arrays(1)[0][:1], *random_arrays(1)[1:]]},  # would broadcast
+            r"Array 0 of mean_update must have shape \(3, 2\); received \(1, 2\)",
+        ),
+        (
+            {"state": initial_state(optimizer("fedadam"), random_arrays(0), [True, False, True])},
+            r"Array 1 of first_moment must have shape \(4,\); received \(\)\. Begin with initial_state",
+        ),
+        (
+            {"state": initial_state(optimizer("fedavgm"), random_arrays(0), ALL)},
+            r"Array 0 of second_moment must have shape \(3, 2\); received none\. Begin with initial_state",
+        ),
+        (
+            {"state": initial_state(optimizer("fedadam"), random_arrays(0), ALL), "optimizer": optimizer("fedavg")},
+            r"Array 0 of first_moment must have shape none; received \(3, 2\)",
+        ),
+    ],
+)
+def test_shapes_that_do_not_match_are_refused(change: dict[str, Any], message: str):
+    rule = optimizer("fedadam")
+    good = {
+        "optimizer": rule,
+        "state": initial_state(rule, random_arrays(0), ALL),
+        "weights": random_arrays(0),
+        "mean_update": random_arrays(1),
+        "trainable": ALL,
+    }
+    apply_update(**good)
+    with pytest.raises(ValueError, match=message):
+        apply_update(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+        ("learning_rate", float("nan")),
+        ("tau", 0.0),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("beta_2", 1.0),
+        ("beta_2", float("nan")),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(setting: str, value: float):
+    with pytest.raises(ValueError, match=rf"{setting} must be .*; received {value}\. Choose"):
+        replace(optimizer("fedadam"), **{setting: value})
+
+
+def test_an_optimizer_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"one of fedavg, fedavgm, .*; received 'adam'\. Choose"):
+        ServerOptimizer("adam")
