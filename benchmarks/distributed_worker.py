@@ -48,6 +48,7 @@ Prepare: TypeAlias = Callable[[], tuple[int, Mean, Measure]]
 
 def dist_train() -> tuple[int, Mean, Measure]:
     import dist_train.keras_horovod as hvk
+    from dist_train.trainer import STEPS_PER_EXECUTION
 
     communicator = hvk.init(threads_per_rank=1)
 
@@ -55,7 +56,7 @@ def dist_train() -> tuple[int, Mean, Measure]:
         return float(np.mean(communicator.all_gather_object(value)))
 
     def measure(workload: Workload, turns: Turns) -> None:
-        model = hvk.distribute(compiled(workload), communicator)
+        model = hvk.distribute(compiled(workload, STEPS_PER_EXECUTION), communicator)
         measure_epochs(model, workload, turns, communicator.rank, communicator.world_size)
         check_equal_weights(model.get_weights(), mean)
 
@@ -152,10 +153,10 @@ def adam() -> keras.optimizers.Optimizer:
     return keras.optimizers.Adam(LEARNING_RATE)
 
 
-def compiled(workload: Workload) -> keras.Model:
+def compiled(workload: Workload, steps_per_execution: int = 1) -> keras.Model:
     model = keras_model(workload)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(adam(), loss, metrics=["accuracy"], jit_compile=False)
+    model.compile(adam(), loss, metrics=["accuracy"], steps_per_execution=steps_per_execution, jit_compile=False)
     return model
 
 

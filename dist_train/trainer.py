@@ -22,6 +22,8 @@ from shared.zoo import build_model
 
 BEST_MODEL = "best.keras"
 
+STEPS_PER_EXECUTION = 8  # on ranks, whose cores have little time for Keras's Python between steps (docs/log.md)
+
 
 def train(experiment: Experiment, communicator: Communicator, verbose: int = 0) -> dict[str, Any]:
     """Trains the experiment's model on all ranks and returns the result; the root writes the run record.
@@ -127,7 +129,7 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
     schema = splits.train.schema
     model = build_model(experiment.model, schema, experiment.seed)
     rate = learning_rate(experiment, world_size, steps_per_epoch=len(batches))
-    compile_model(model, experiment, schema, rate)
+    compile_model(model, experiment, schema, rate, STEPS_PER_EXECUTION if world_size > 1 else 1)
     distribute(
         model,
         communicator,

@@ -27,7 +27,8 @@ class RunningMean:
 
     Folds one update at a time, in the memory of one sum, and is bit-equal for every order of arrival: the terms
     n_k / N update_k, with N = `expected_examples`, are rounded to multiples of 2^-44 and added as integers. So the mean
-    is within 2^-45 (number of silos) N / sum_k n_k of the exact one before it is rounded to the updates' dtype.
+    is within (number of silos) 2^-45 N / sum_k n_k + 2^-51 sum_k n_k |update_k| / sum_k n_k of the exact one, before
+    it is rounded to the updates' dtype.
     """
 
     def __init__(self, like: Sequence[np.ndarray], expected_examples: int) -> None:

@@ -94,8 +94,8 @@ def unpack_result(content: RecordDict) -> LocalResult:
     header, update = unpack(content)
     with _understood("a result"):
         return LocalResult(
-            num_examples=int(header["num_examples"]),
-            num_validation=int(header["num_validation"]),
+            num_examples=_count(header["num_examples"]),
+            num_validation=_count(header["num_validation"]),
             train={str(name): float(value) for name, value in header["train"].items()},
             validation={str(name): float(value) for name, value in header["validation"].items()},
             update=update,
@@ -141,6 +141,13 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Weights]:
             arrays.append(array)
             start += array.nbytes
     return header, arrays
+
+
+def _count(value: Any) -> int:
+    count = int(value)
+    if not 0 <= count < 2**53:
+        raise ValueError(f"a count: {str(value)[:20]}")
+    return count
 
 
 def _plain_dtype(name: str) -> np.dtype:

@@ -111,7 +111,7 @@ class PerformanceSection(Section):
 
     threads_per_rank: CountOrZero = 0  # 0: the cores of the host divided by its ranks
     pin_ranks: bool = True  # each rank on cores of its own; false where other jobs share the host's cores
-    steps_per_execution: Count = 1  # steps between two looks of Keras's callbacks
+    steps_per_execution: CountOrZero = 0  # steps between two looks of Keras's callbacks; 0: 8 on ranks, else 1
     compile_update: bool = True  # the optimizer's update as one XLA program, where ranks train
     gradient_grouping: Literal["auto", "grouped", "per_tensor"] = "auto"  # reduce all at once, or each when it is there
     predivide_factor: Annotated[float, Field(ge=0.0)] = 0.0  # p: 1/p before the sum, p/N after; 0: all before

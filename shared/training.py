@@ -56,7 +56,11 @@ def make_loss(name: str, schema: Schema) -> keras.losses.Loss:
 
 
 def compile_model(
-    model: keras.Model, experiment: Experiment, schema: Schema, learning_rate: LearningRate | None = None
+    model: keras.Model,
+    experiment: Experiment,
+    schema: Schema,
+    learning_rate: LearningRate | None = None,
+    default_steps_per_execution: int = 1,
 ) -> keras.Model:
     """Compiles in place: optimizer, loss, and accuracy (classes) or mean absolute error (numbers)."""
     metric = (
@@ -68,7 +72,7 @@ def compile_model(
         optimizer=make_optimizer(experiment.optimizer, learning_rate or experiment.optimizer.learning_rate),
         loss=make_loss(experiment.training.loss, schema),
         metrics=[metric],
-        steps_per_execution=experiment.performance.steps_per_execution,
+        steps_per_execution=experiment.performance.steps_per_execution or default_steps_per_execution,
         jit_compile=False,  # XLA cannot hold a collective, and its rounding differs: one path keeps all runtimes equal
     )
     return model

@@ -87,6 +87,16 @@ def test_arrays_come_back_whatever_the_length_of_the_header(length: int):
     assert (header, bits(arrays)) == ({"text": "ä" * length}, bits(ARRAYS["many dtypes"]))
 
 
+def test_arrays_lie_in_the_message_so_that_they_can_be_used_where_they_are():
+    """Nothing is copied: a message may be as large as the memory that is left."""
+    for length in range(8):
+        content = pack({"text": "x" * length}, ARRAYS["many"])
+        whole = np.frombuffer(content.array_records[RECORD][RECORD].data, np.uint8)
+        for array in filter(np.size, unpack(content)[1]):
+            assert array.flags.aligned
+            assert np.shares_memory(array, whole)
+
+
 @pytest.mark.parametrize("schema", [Schema((8, 8, 1), 10), Schema((13,), 0)])
 @pytest.mark.parametrize("evaluate", [True, False])
 @pytest.mark.parametrize("case", ARRAYS)
@@ -242,6 +252,15 @@ def test_a_header_with_a_garbled_value_is_refused_or_read_but_never_the_end_of_t
 def test_a_result_with_a_garbled_value_is_refused(key: str, value: object):
     read, header = HEADERS["result"]
     with pytest.raises(ValueError, match=r"lacks or garbles|invalid literal|could not convert"):
+        read(pack(header | {key: value}))
+
+
+@pytest.mark.parametrize("value", [-1, 10**400])
+@pytest.mark.parametrize("key", ["num_examples", "num_validation"])
+def test_a_result_with_a_count_that_is_none_is_refused(key: str, value: int):
+    """It would skew the means, or end the run in an overflow."""
+    read, header = HEADERS["result"]
+    with pytest.raises(ValueError, match="garbles a count"):
         read(pack(header | {key: value}))
 
 

@@ -40,19 +40,38 @@ def test_the_task_in_hand_is_noted_first_by_its_token_then_with_its_message(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nobody_else_may_read_the_token_which_is_the_right_to_answer(tmp_path: Path):
-    """Nor when it is written anew, nor half of it."""
-    before, modes, replace = os.umask(0), [], Path.replace
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes | None, int]]:
+    """Of each file that took another's place: its content, that of the other, and who may read it."""
+    seen, replace = [], Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        seen.append((self.read_bytes(), target.read_bytes() if target.exists() else None, self.stat().st_mode))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    return seen
+
+
+def test_the_note_is_never_there_in_part(tmp_path: Path, replaced: list[tuple[bytes, bytes | None, int]]):
+    file, notes = TaskFile(tmp_path / "task.json"), []
+    for token in ("token", "another"):
+        file.write(token, b"message")
+        notes.append(file.path.read_bytes())
+    assert [(new, old) for new, old, _ in replaced] == [(notes[0], None), (notes[1], notes[0])]
+
+
+def test_nobody_else_may_read_the_token_which_is_the_right_to_answer(
+    tmp_path: Path, replaced: list[tuple[bytes, bytes | None, int]]
+):
+    before, file, modes = os.umask(0), TaskFile(tmp_path / "task.json"), []
     try:
-        file = TaskFile(tmp_path / "task.json")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "replace", lambda self, to: (modes.append(self.stat().st_mode), replace(self, to))[1])
-            for token in ("token", "another"):
-                file.write(token, b"message")
-                modes.append(file.path.stat().st_mode)
+        for token in ("token", "another"):
+            file.write(token, b"message")
+            modes.append(file.path.stat().st_mode)
     finally:
         os.umask(before)
-    assert [stat.S_IMODE(mode) for mode in modes] == [0o600] * 4  # of the new file, and in its place; twice
+    assert [stat.S_IMODE(mode) for mode in (*modes, *(mode for _, _, mode in replaced))] == [0o600] * 4
 
 
 # --- whose code it runs
@@ -158,8 +177,11 @@ class NoMoreTasks(Exception):
 class TaskHere:
     """Stands for `flower_internals.Task`; keeps what became of it."""
 
-    def __init__(self, question: tuple[Message, Context], token: str, withdrawn_at: str = "") -> None:
-        self.question, self.token, self.withdrawn_at = question, token, withdrawn_at
+    def __init__(
+        self, question: tuple[Message, Context], token: str, withdrawn_at: str = "", file: TaskFile | None = None
+    ) -> None:
+        self.question, self.token, self.withdrawn_at, self.file = question, token, withdrawn_at, file
+        self.noted_when_pulled: tuple[str, bytes] | None = None
         self.answers: list[Message] = []
         self.was_closed = False
 
@@ -168,6 +190,7 @@ class TaskHere:
 
     def pull(self) -> tuple[Message, Context, bytes]:
         self.check("pulled")
+        self.noted_when_pulled = self.file.read() if self.file else None
         return *self.question, b"bundle"
 
     def answer(self, reply: Message, context: Context) -> None:
@@ -207,7 +230,7 @@ def test_a_worker_notes_each_task_while_it_does_it_and_waits_only_without_one(
     tmp_path: Path, ask: Callable[[], tuple[Message, Context]], sleeps: list[float]
 ):
     file, noted = TaskFile(tmp_path / "task.json"), []
-    tasks = [TaskHere(ask(), token) for token in "abc"]
+    tasks = [TaskHere(ask(), token, file=file) for token in "abc"]
 
     def answer(message: Message, context: Context, data: bytes) -> Message:
         assert data == b"bundle"
@@ -218,6 +241,7 @@ def test_a_worker_notes_each_task_while_it_does_it_and_waits_only_without_one(
         work(Tasks(None, None, None, tasks[0], tasks[1], None, tasks[2]), file, answer)
     assert [len(task.answers) for task in tasks] == [1, 1, 1]
     assert all(task.was_closed for task in tasks)
+    assert [task.noted_when_pulled for task in tasks] == [("a", b""), ("b", b""), ("c", b"")]
     for token, note in zip("abc", noted, strict=True):
         assert note is not None
         assert note[0] == token
