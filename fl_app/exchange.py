@@ -7,9 +7,9 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fl_app.cohort import Failure, FederationError, Reply
-from fl_app.flower_internals import AdaptiveWait, shorten_server_waits
+from fl_app.flower_internals import AdaptiveWait, join_arrays_at_once, shorten_server_waits
 from fl_app.local_training import LocalResult, SiloEntry
-from fl_app.messages import pack_task, unpack_refusal, unpack_result, unpack_silo
+from fl_app.messages import FORMAT, pack_task, unpack_refusal, unpack_result, unpack_silo
 from shared.data import Schema
 from shared.weights import Weights, num_bytes
 
@@ -29,9 +29,11 @@ class FlowerExchange:
         self.transfer_seconds = 0.0  # spent on requests that carried weights or updates
 
     def open(self) -> None:
-        """Prepares the process, once: quick looks for replies."""
+        """Prepares the process, once: quick looks for replies, and little memory for them."""
         if missing := shorten_server_waits():
             print(f"warning: this Flower has no {', '.join(missing)}: replies may wait for a second", flush=True)
+        if missing := join_arrays_at_once(FORMAT):
+            print(f"warning: this Flower has no {', '.join(missing)}: replies take more memory", flush=True)
 
     def roll_call(self, min_silos: int) -> dict[str, SiloEntry]:
         """Waits for `min_silos` connected nodes and asks each who it is. Raises FederationError if names repeat."""

@@ -6,11 +6,13 @@ Where the names below are no longer what they were, `missing_internals` says so,
 it is.
 """
 
+import ctypes
 import importlib
 import inspect
+import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,11 +20,13 @@ from types import ModuleType
 from typing import Any
 
 import httpx
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Array, Context, Error, Message, RecordDict
 
 FLOWER_VERSION = "1.41"  # what the names below were read in
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.02, 1.0  # between attempts to get an object that is announced but not stored
 HEARTBEAT_S = 10  # the shortest that a SuperLink accepts: a node that is silent for twice as long is gone
+
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # malloc.h; bytes from which on blocks are mapped on their own
 
 NODE_LOOP = "flwr.supernode.start_client_internal"
 CLIENT_RUN = "flwr.supernode.runtime.run_clientapp"
@@ -56,6 +60,12 @@ EXECUTOR: dict[tuple[str, str], tuple[str, ...]] = {
     ("flwr.app.message", "remove_content_from_message"): (),
     ("flwr.supercore.inflatable.inflatable_utils", "ObjectPullError"): (),
     ("flwr.supercore.inflatable.inflatable_utils", "ObjectPushError"): (),
+}
+JOINING: dict[tuple[str, str], tuple[str, ...]] = {
+    ("flwr.app", "Array"): (),
+    ("flwr.app.message.array", "ArrayChunk"): ("data",),
+    ("flwr.supercore.inflatable.inflatable_object", "get_object_children_ids_from_object_content"): ("object_content",),
+    ("flwr.supercore.inflatable.inflatable_object", "get_object_body"): ("object_content", "cls"),
 }
 SERVER_WAITS: dict[tuple[str, str], tuple[str, ...]] = {(GRID, "pull_objects"): ("initial_backoff", "backoff_cap")}
 
@@ -134,6 +144,41 @@ def shorten_server_waits() -> list[str]:
 
         _shorten_backoff(http_grid, "pull_objects")
     return missing
+
+
+def join_arrays_at_once(stype: str) -> list[str]:
+    """Joins the pieces of received arrays of this serialisation type in one go. Returns what is missing.
+
+    So two copies are in memory meanwhile, the pieces and the array; Flower's growing sum and its copy make it three and
+    more. A message may hold one such array only. Large freed blocks go back to the system, where C's allocator would
+    keep them.
+    """
+    missing = missing_internals(JOINING)
+    if not missing and not isinstance(vars(Array)["inflate"], _InflateAtOnce):
+        setattr(Array, "inflate", _InflateAtOnce(vars(Array)["inflate"].__func__, stype))  # noqa: B010 (for mypy)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+    return missing
+
+
+class _InflateAtOnce(classmethod):
+    """Array.inflate, which leaves all but the joining to Flower's own: that gets the pieces without their data."""
+
+    def __init__(self, flowers_own: Callable[..., Array], stype: str) -> None:
+        def inflate(cls: type[Array], object_content: bytes, children: Mapping[str, Any] | None = None) -> Array:
+            from flwr.supercore.inflatable import inflatable_object as objects
+
+            body = json.loads(objects.get_object_body(object_content, cls))
+            if body["stype"] != stype or children is None:
+                return flowers_own(cls, object_content, children)
+            pieces = {object_id: piece.data for object_id, piece in children.items()}
+            for piece in children.values():
+                piece.data = memoryview(b"")
+            array = flowers_own(cls, object_content, children)
+            ids = objects.get_object_children_ids_from_object_content(object_content)
+            array.data = b"".join(pieces[ids[index]] for index in body["arraychunk_ids"])
+            return array
+
+        super().__init__(inflate)
 
 
 def _shorten_backoff(module: ModuleType, name: str) -> None:

@@ -14,9 +14,17 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from fl_app.client_app import make_app
-from fl_app.flower_internals import AdaptiveWait, Task, TaskSource, TaskWithdrawn, installed_bundle, message_to_bytes
+from fl_app.flower_internals import (
+    AdaptiveWait,
+    Task,
+    TaskSource,
+    TaskWithdrawn,
+    installed_bundle,
+    join_arrays_at_once,
+    message_to_bytes,
+)
 from fl_app.local_training import Workbench
-from fl_app.messages import pack_refusal
+from fl_app.messages import FORMAT, pack_refusal
 from fl_app.silo.task_file import TaskFile
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -89,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answer = checked_app(bundle_digest(installed_bundle(PROJECT, PACKAGES)))
     file = TaskFile(options.task_file)
     file.clear()
+    join_arrays_at_once(FORMAT)
     print("the worker is ready", flush=True)
     work(TaskSource(options.runtime_api), file, answer)
     return 0
