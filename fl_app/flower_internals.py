@@ -38,6 +38,7 @@ HEARTBEAT = "flwr.supercore.heartbeat"
 WAITS: dict[tuple[str, str], tuple[str, ...]] = {
     (NODE_LOOP, "time"): (),
     (NODE_LOOP, "pull_objects"): ("initial_backoff", "backoff_cap"),
+    (NODE_LOOP, "_pull_and_store_message"): ("pull_object", "confirm_message_received"),
     (CONNECTION, "HEARTBEAT_DEFAULT_INTERVAL"): (),
     (HEARTBEAT, "HEARTBEAT_DEFAULT_INTERVAL"): (),
     ("flwr.supernode.cli.flower_supernode", "flower_supernode"): (),
@@ -130,10 +131,38 @@ def run_quick_supernode() -> None:
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     vars(start_client_internal)["time"] = QuickTime()
+    _forget_messages_of_ended_runs(start_client_internal)
     _shorten_backoff(start_client_internal, "pull_objects")
     for module in (fleet_http_connection, heartbeat):
         vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_S
     flower_supernode()
+
+
+def _forget_messages_of_ended_runs(loop: ModuleType) -> None:
+    """Makes a SuperNode drop a message whose run ends while it comes in.
+
+    Flower 1.41 keeps it: its task waits for content that never comes, and its late answer takes the place of the next
+    one, so that from then on each answer is sent when the next message comes.
+    """
+    from flwr.supercore.run import RunNotRunningException
+
+    plain = loop._pull_and_store_message
+
+    def failing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any) -> Any:
+            try:
+                return call(*arguments)
+            except RunNotRunningException:  # a BaseException: Flower's own handler of exceptions clears away
+                raise RuntimeError("the run has ended") from None
+
+        return wrapper
+
+    def pull_and_store_message(**calls: Any) -> int | None:
+        for name in ("pull_object", "confirm_message_received"):
+            calls[name] = failing(calls[name])
+        return plain(**calls)
+
+    vars(loop)["_pull_and_store_message"] = pull_and_store_message
 
 
 def shorten_server_waits() -> list[str]:

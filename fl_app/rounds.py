@@ -222,8 +222,14 @@ class Federation:
         return {"validation": merge_means(parts)} if parts else {}
 
     def _evaluate_at_all(self, weights: Weights) -> dict[str, LocalResult]:
-        """Raises FederationError unless every silo answers."""
-        return _all_results(self.exchange.evaluate(sorted(self.silos), self.schema, weights))
+        """Of the silos that answer; the others are named: a trained model must not be lost for want of a metric."""
+        results = {}
+        for silo, reply in self.exchange.evaluate(sorted(self.silos), self.schema, weights):
+            if isinstance(reply, Failure):
+                print(f"silo {silo!r} is left out of the evaluation: {reply.reason}", flush=True)
+            else:
+                results[silo] = reply
+        return results
 
     def _cross_site(self, state: ServerState) -> dict[str, dict[str, dict[str, float]]]:
         """Each silo's model, a local round from the final weights, on each silo's data: [model][data][metric]."""

@@ -1,5 +1,6 @@
 """Keeps a silo's SuperNode and its worker alive, and answers for a worker that died on a task."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -44,7 +45,10 @@ class Supervisor:
             else:
                 node = self._start_node(group, port, "process")
                 code = self._attend(group, node, f"127.0.0.1:{port}")
-        raise SiloError(f"the SuperNode of silo {self.silo} {_how_it_ended(code)}. Its lines above say why.")
+        raise SiloError(
+            f"the SuperNode of silo {self.silo} {_how_it_ended(code)}. Its lines above say why; if not, the SuperLink "
+            "was started anew, or turned it away because this machine's clock differs from the coordinator's."
+        )
 
     def _attend(self, group: ProcessGroup, node: "subprocess.Popen[bytes]", runtime_api: str) -> int:
         """Replaces the worker whenever it dies, until the SuperNode ends; returns how that ended."""
@@ -55,7 +59,7 @@ class Supervisor:
                 ended = _how_it_ended(worker.returncode)
                 idle_deaths = 0 if file.read() else idle_deaths + 1
                 if idle_deaths == MAX_IDLE_DEATHS:
-                    raise SiloError(f"the worker of silo {self.silo} {ended}, the {idle_deaths}th time in a row.")
+                    raise SiloError(f"the worker of silo {self.silo} {ended}, {idle_deaths} times in a row.")
                 _warn(f"the worker of silo {self.silo} {ended}; it is started anew")
                 _answer_for_the_dead(file, runtime_api, f"the silo's worker {ended} while it did this task")
                 worker = self._start_worker(group, runtime_api, file)
@@ -108,7 +112,8 @@ def _how_it_ended(code: int) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return child_environment(**SETTINGS)
+    direct = ",".join(filter(None, [os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")), "127.0.0.1"]))
+    return child_environment(**SETTINGS, NO_PROXY=direct, no_proxy=direct)  # the worker's way to its own SuperNode
 
 
 def _warn(text: str) -> None:

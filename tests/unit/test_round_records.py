@@ -228,20 +228,27 @@ def test_the_models_of_silos_begin_with_the_best_weights_if_these_are_restored(t
     assert result["cross_site"]["silo-0"]["silo-1"] == {"loss": 2.0}  # of round 1 and one more
 
 
-@pytest.mark.parametrize("asked", ["train", "evaluate"])
-def test_a_silo_that_fails_in_the_final_evaluation_is_named(tmp_path: Path, asked: str):
+def test_a_silo_that_is_gone_at_the_end_is_left_out_of_the_last_evaluation(tmp_path: Path, capsys):
+    """What was trained is kept, with the metrics of those that answer."""
+
+    class LosesOne(Arithmetic):
+        def evaluate(self, silos: Sequence[str], schema: Schema, weights: Weights) -> Iterator[Reply]:
+            for name, reply in super().evaluate(silos, schema, weights):
+                yield name, Failure("it is no longer connected") if name == "silo-2" else reply
+
+    experiment = configure(tmp_path)
+    result = run(experiment, LosesOne())
+    # silo i judges as i + total, with 2 (i + 1) examples: (2 * 0 + 4 * 1) / 6 = 2/3
+    assert result["metrics"]["validation"]["loss"] == pytest.approx(total(final_weights(experiment)) + 2 / 3)
+    assert (tmp_path / "run" / "model.keras").is_file()
+    assert "silo 'silo-2' is left out of the evaluation: it is no longer connected" in capsys.readouterr().out
+
+
+def test_a_silo_that_fails_when_its_own_model_is_asked_for_is_named(tmp_path: Path):
     class FailsAtTheEnd(Arithmetic):
         def train(self, silos: Sequence[str], round_number: int, *task: Any) -> Iterable[Reply]:
-            replies = super().train(silos, round_number, *task)
-            return self.failing(replies) if asked == "train" and round_number == 4 else replies
-
-        def evaluate(self, silos: Sequence[str], schema: Schema, weights: Weights) -> Iterable[Reply]:
-            replies = super().evaluate(silos, schema, weights)
-            return self.failing(replies) if asked == "evaluate" else replies
-
-        def failing(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-            for name, reply in replies:
-                yield name, Failure("it vanished") if name == "silo-1" else reply
+            for name, reply in super().train(silos, round_number, *task):
+                yield name, Failure("it vanished") if name == "silo-1" and round_number == 4 else reply
 
     experiment = configure(tmp_path, {"federation.cross_site_evaluation": True})
     with pytest.raises(FederationError, match=r"silo 'silo-1' was to answer: it vanished.*can be resumed"):
