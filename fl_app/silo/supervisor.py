@@ -113,7 +113,8 @@ def _how_it_ended(code: int) -> str:
 
 def _environment() -> dict[str, str]:
     direct = ",".join(filter(None, [os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")), "127.0.0.1"]))
-    return child_environment(**SETTINGS, NO_PROXY=direct, no_proxy=direct)  # the worker's way to its own SuperNode
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])  # where Flower looks for its own commands
+    return child_environment(**SETTINGS, PATH=path, NO_PROXY=direct, no_proxy=direct)  # the worker's way to its node
 
 
 def _warn(text: str) -> None:

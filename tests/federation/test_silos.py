@@ -242,6 +242,46 @@ def test_stock_supernodes_run_the_same_app_to_the_same_weights(starter, tmp_path
     assert result(tmp_path / "run")["weights_sha256"] == result(tmp_path / "here")["weights_sha256"]
 
 
+WITHOUT = """
+import sys
+from fl_app import flower_internals
+from fl_app.silo.__main__ import main
+flower_internals.{table}["flwr", "gone"] = ()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("table", "warning", "runs_instead"),
+    [
+        ("EXECUTOR", "no flwr.gone: each task starts a process", "flower-superexec"),
+        ("WAITS", "no flwr.gone: its SuperNode looks for messages every 3 s only", "flower-supernode"),
+    ],
+)
+def test_a_silo_falls_back_on_flower_as_it_is_and_says_so(
+    tmp_path: Path, table: str, warning: str, runs_instead: str
+) -> None:
+    """Where Flower lacks an internal name that ours is built on. Flower's commands need not be on the PATH."""
+    command = ["--insecure", "--superlink", f"127.0.0.1:{free_ports(1)[0]}", "--silo", "a", "--data", "wine"]
+    path = os.pathsep.join(folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != BIN)
+    with cleaned_up(str(tmp_path)):
+        silo = subprocess.Popen(
+            [sys.executable, "-c", WITHOUT.format(table=table), *command],
+            cwd=ROOT,
+            env=environment(**{MARK: str(tmp_path), "PATH": path}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        assert warning in lines_until(silo, "the SuperNode is running")
+        assert wait_for(lambda: our_processes(str(tmp_path), str(BIN / runs_instead)), 30)
+        silo.send_signal(signal.SIGINT)
+        output, _ = silo.communicate(timeout=30)
+        assert silo.returncode == 130, output
+        assert wait_for(lambda: not our_processes(str(tmp_path)), 5)
+
+
 @pytest.mark.parametrize("phase", ["the SuperNode is running", "the worker is ready"])
 def test_ctrl_c_at_a_silo_leaves_no_process(starter, tmp_path: Path, phase: str) -> None:
     """Also while its SuperNode waits for a SuperLink that is not there."""
