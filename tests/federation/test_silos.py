@@ -18,7 +18,18 @@ from fl_app.rounds import run_federation
 from shared.experiment import Experiment, experiment_from_flat
 from shared.processes import ProcessGroup, free_ports, wait_until_listening
 from shared.run_record import RunRecord
-from tests.federation.processes import MARK, cleaned_up, our_processes, result, rows, start, toml_file, wait_for
+from shared.weights import max_difference
+from tests.federation.processes import (
+    MARK,
+    cleaned_up,
+    final_weights,
+    our_processes,
+    result,
+    rows,
+    start,
+    toml_file,
+    wait_for,
+)
 from tests.local_exchange import LocalExchange
 from tests.parallel.launching import BIN, ROOT, environment
 
@@ -134,6 +145,23 @@ def test_two_runs_queued_on_one_superlink_each_end_as_if_alone(consortium: Conso
         alone = e.model_copy(update={"run": e.run.model_copy(update={"directory": f"{e.run_directory}-alone"})})
         run_federation(alone, LocalExchange(alone, consortium.data), RunRecord(alone, "flower", "round"))
         assert result(e.run_directory)["weights_sha256"] == result(alone.run_directory)["weights_sha256"]
+
+
+@pytest.mark.parametrize("name", ["fl_app.strategies:FedAvg", "flwr.serverapp.strategy:FedAvg"])
+def test_a_flower_strategy_by_name_ends_where_our_own_rounds_end(
+    consortium: Consortium, tmp_path: Path, name: str
+) -> None:
+    e = experiment(tmp_path / "run", **{"federation.strategy": name})
+    output = finished(consortium.start_run(e))
+    assert "round 2/2" in output, output
+    own = experiment(tmp_path / "own")
+    run_federation(own, LocalExchange(own, consortium.data), RunRecord(own, "flower", "round"))
+    assert max_difference(final_weights(e.run_directory), final_weights(own.run_directory)) <= 1e-6
+    theirs, ours = result(e.run_directory), result(own.run_directory)
+    for metric, value in ours["metrics"]["validation"].items():
+        assert theirs["metrics"]["validation"][metric] == pytest.approx(value, abs=1e-5)
+    # one exchange more in each round carries the weights to be judged
+    assert theirs["bytes_sent"] > ours["bytes_sent"]
 
 
 LONG = {"federation.local_epochs": 300, "federation.local_batch_size": 16}  # a task of some seconds
