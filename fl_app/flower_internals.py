@@ -22,7 +22,6 @@ from typing import Any
 import httpx
 from flwr.app import Array, Context, Error, Message, RecordDict
 
-FLOWER_VERSION = "1.41"  # what the names below were read in
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.02, 1.0  # between attempts to get an object that is announced but not stored
 HEARTBEAT_S = 10  # the shortest that a SuperLink accepts: a node that is silent for twice as long is gone
 

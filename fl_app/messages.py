@@ -33,47 +33,6 @@ def unpack_task(content: RecordDict) -> tuple[Schema, Weights, int, bool]:
         return _schema_from_json(header["schema"]), weights, int(header["round"]), bool(header["evaluate"])
 
 
-# --- the messages of Flower's own strategies, which have the records "arrays" and "config", and back "metrics"
-
-
-def strategy_config(schema: Schema) -> ConfigRecord:
-    """What a strategy sends along with the weights. It adds "server-round"."""
-    return ConfigRecord({"input_shape": list(schema.input_shape), "num_classes": schema.num_classes})
-
-
-def strategy_arrays(weights: Weights) -> ArrayRecord:
-    return ArrayRecord([np.asarray(array) for array in weights])
-
-
-def is_of_strategy(content: RecordDict) -> bool:
-    return "arrays" in content.array_records
-
-
-def unpack_strategy_task(content: RecordDict) -> tuple[Schema, Weights, int]:
-    """(schema, weights, round). Raises ValueError for settings that a silo would have to follow and does not know."""
-    config: Mapping[str, Any] = content.config_records["config"]
-    unknown = sorted(set(config) - {"server-round", "input_shape", "num_classes"})
-    if unknown:
-        raise ValueError(
-            f"The strategy asks for {', '.join(unknown)}, which silos do not know. Choose another strategy."
-        )
-    schema = Schema(tuple(config["input_shape"]), config["num_classes"])
-    return schema, content.array_records["arrays"].to_numpy_ndarrays(), config["server-round"]
-
-
-def pack_strategy_result(weights: Weights, result: LocalResult) -> RecordDict:
-    """The local weights if the silo has trained, and its metrics."""
-    judged = result.validation if not result.update else result.train
-    num_examples = result.num_examples if result.update else result.num_validation
-    metrics = MetricRecord({**judged, "num-examples": num_examples})
-    if not result.update:
-        return RecordDict({"metrics": metrics})
-    return RecordDict({"arrays": strategy_arrays(add(weights, result.update)), "metrics": metrics})
-
-
-# --- ours
-
-
 def pack_silo(silo: Silo) -> RecordDict:
     """A silo's answer to the roll call."""
     return pack({"silo": silo.name, "num_examples": len(silo.train), "schema": _schema_to_json(silo.schema)})
@@ -114,6 +73,47 @@ def unpack_refusal(content: RecordDict) -> str | None:
         return None
     refusal: Mapping[str, Any] = content.config_records["refusal"]
     return f"silo {refusal['silo']!r} refuses: {refusal['reason']}"
+
+
+# --- the messages of Flower's own strategies, which have the records "arrays" and "config", and back "metrics"
+
+
+def strategy_config(schema: Schema) -> ConfigRecord:
+    """What a strategy sends along with the weights. It adds "server-round"."""
+    return ConfigRecord({"input_shape": list(schema.input_shape), "num_classes": schema.num_classes})
+
+
+def strategy_arrays(weights: Weights) -> ArrayRecord:
+    return ArrayRecord([np.asarray(array) for array in weights])
+
+
+def is_of_strategy(content: RecordDict) -> bool:
+    return "arrays" in content.array_records
+
+
+def unpack_strategy_task(content: RecordDict) -> tuple[Schema, Weights, int]:
+    """(schema, weights, round). Raises ValueError for settings that a silo would have to follow and does not know."""
+    config: Mapping[str, Any] = content.config_records["config"]
+    unknown = sorted(set(config) - {"server-round", "input_shape", "num_classes"})
+    if unknown:
+        raise ValueError(
+            f"The strategy asks for {', '.join(unknown)}, which silos do not know. Choose another strategy."
+        )
+    schema = Schema(tuple(config["input_shape"]), config["num_classes"])
+    return schema, content.array_records["arrays"].to_numpy_ndarrays(), config["server-round"]
+
+
+def pack_strategy_result(weights: Weights, result: LocalResult) -> RecordDict:
+    """The local weights if the silo has trained, and its metrics."""
+    judged = result.validation if not result.update else result.train
+    num_examples = result.num_examples if result.update else result.num_validation
+    metrics = MetricRecord({**judged, "num-examples": num_examples})
+    if not result.update:
+        return RecordDict({"metrics": metrics})
+    return RecordDict({"arrays": strategy_arrays(add(weights, result.update)), "metrics": metrics})
+
+
+# --- a header and arrays as bytes
 
 
 def pack(header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> RecordDict:

@@ -65,18 +65,16 @@ def run_strategy(experiment: Experiment, grid: Grid, exchange: Exchange, record:
 
 def make_strategy(experiment: Experiment) -> Strategy:
     """The strategy that the experiment names, with its options. Raises ValueError if there is none such."""
-    name, options = (
-        experiment.federation.strategy,
-        parse_options(experiment.federation.strategy_options, "federation.strategy_options", "beta = 0.2"),
-    )
+    name, text = experiment.federation.strategy, experiment.federation.strategy_options
+    options = parse_options(text, "federation.strategy_options", "beta = 0.2")
     module_name, _, attribute = name.partition(":")
     try:
         make = getattr(importlib.import_module(module_name), attribute)
         strategy = make(**options)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"federation.strategy = {name!r} with strategy_options = {experiment.federation.strategy_options!r} cannot "
-            f"be made: {error}. Name a class of flwr.serverapp.strategy or your own, 'package.module:Class', and "
+            f"federation.strategy = {name!r} with strategy_options = {text!r} cannot be made: {error}. "
+            "Name a class of flwr.serverapp.strategy or your own, 'package.module:Class', and "
             "arguments that it takes."
         ) from None
     if not isinstance(strategy, Strategy):
