@@ -1,15 +1,14 @@
 """Aggregation rules: many updates to one, on plain arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from shared.weights import Weights
+from shared.weights import Weights, blocks
 
 FRACTION_BITS = 44  # the sums are multiples of 2^-44 = 5.7e-14, far below what a float32 weight resolves
 LARGEST = 2.0**17  # of an update's entries; so no sum can leave the 64 bits
-BLOCK = 1 << 16  # entries folded at once: they stay in the cache, and nothing is copied that is as large as the model
 
 
 @dataclass(frozen=True)
@@ -47,22 +46,23 @@ class RunningMean:
         factor = contribution.num_examples / self._expected * 2.0**FRACTION_BITS
         for total, array in zip(self._sums, contribution.update, strict=True):
             flat = array.reshape(-1)
-            for start in range(0, flat.size, BLOCK):
-                terms = np.multiply(flat[start : start + BLOCK], factor, dtype=np.float64)
-                total[start : start + BLOCK] += np.rint(terms, out=terms).astype(np.int64)
+            for block in blocks(flat.size):
+                terms = np.multiply(flat[block], factor, dtype=np.float64)
+                total[block] += np.rint(terms, out=terms).astype(np.int64)
 
-    def mean(self) -> Weights:
-        """The mean of what was added. Raises ValueError if that is nothing."""
+    def mean(self) -> Iterator[np.ndarray]:
+        """The mean of what was added, array by array. Raises ValueError if that is nothing."""
         if self.num_examples == 0:
             raise ValueError("An average needs examples; received no update.")
         factor = self._expected / self.num_examples * 2.0**-FRACTION_BITS
-        means = []
-        for total, (shape, dtype) in zip(self._sums, self._forms, strict=True):
-            mean = np.empty(total.size, dtype)
-            for start in range(0, total.size, BLOCK):
-                mean[start : start + BLOCK] = total[start : start + BLOCK] * factor
-            means.append(mean.reshape(shape))
-        return means
+        return (self._scaled(index, factor) for index in range(len(self._sums)))
+
+    def _scaled(self, index: int, factor: float) -> np.ndarray:
+        total, (shape, dtype) = self._sums[index], self._forms[index]
+        scaled = np.empty(total.size, dtype)
+        for block in blocks(total.size):
+            scaled[block] = total[block] * factor
+        return scaled.reshape(shape)
 
     def _check(self, contribution: Contribution) -> None:
         forms = [(array.shape, array.dtype) for array in contribution.update]
@@ -102,7 +102,7 @@ def weighted_mean(contributions: Mapping[str, Contribution]) -> Weights:
             mean.add(contribution)
         except ValueError as error:
             raise ValueError(f"silo {silo!r}: {error}.") from None
-    return mean.mean()
+    return [*mean.mean()]
 
 
 def _largest(array: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """The server's way to the silos over Flower: by name, without fixed waits. Node ids end here."""
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 
@@ -145,6 +146,8 @@ class FlowerExchange:
             replies = list(self.grid.pull_messages(message_ids[i : i + at_once]))
             if replies:
                 self.transfer_seconds += time.monotonic() - started
+            if reply_bytes > BYTES_PER_PULL:
+                gc.collect()  # the HTTP client's responses lie in cycles, with all their bytes
             while replies:
                 yield replies.pop()
 

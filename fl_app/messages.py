@@ -129,9 +129,13 @@ def pack(header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> Record
 
 
 def unpack(content: RecordDict) -> tuple[dict[str, Any], Weights]:
-    """The header, and the arrays as views of the message. Raises ValueError for anything but what `pack` made."""
+    """The header, and the arrays as views of the message's bytes, which are taken out of it.
+
+    Raises ValueError for anything but what `pack` made.
+    """
     with _understood("a message"):
-        data = content.array_records[RECORD][RECORD].data
+        packed = content.array_records[RECORD][RECORD]
+        data, packed.data = packed.data, b""  # Flower's messages lie in cycles; the bytes must not wait for Python's gc
         start = ALIGNMENT + int.from_bytes(data[:ALIGNMENT], "little")
         text = json.loads(data[ALIGNMENT:start])
         header, forms = text["header"], [(_plain_dtype(name), tuple(shape)) for name, shape in text["arrays"]]

@@ -131,8 +131,8 @@ class Federation:
         number, settings = state.round + 1, self.experiment.federation
         cohort = draw_cohort(self.experiment, self.silos, number)
         judges = settings.evaluate_on_silos and self._is_evaluated(state.round)
-        replies = self.exchange.train(cohort, number, self.schema, state.weights, judges, settings.round_timeout_s)
-        found = collect(replies, cohort, self.silos, state.weights, self.experiment)
+        asked = (cohort, number, self.schema, state.weights, judges, settings.round_timeout_s)
+        found = collect(self.exchange.train(*asked), cohort, self.silos, state.weights, self.experiment)
         state = self._watch(self._append_validation(state.round, found.results), state)
         weights, optimizer = apply_update(
             self.server_optimizer, state.optimizer, state.weights, found.mean.mean(), self.trainable

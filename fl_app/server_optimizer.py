@@ -22,14 +22,14 @@ et al. 2021, arXiv:2003.00295. All are as in Flower 1.41, which departs from the
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
-from shared.weights import Weights, add
+from shared.weights import Weights, add, blocks
 
 OptimizerName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
 
@@ -73,26 +73,26 @@ class ServerOptimizerState:
 
 
 def initial_state(
-    optimizer: ServerOptimizer, weights: Sequence[np.ndarray], trainable: Sequence[bool]
+    optimizer: ServerOptimizer, weights: Sequence[np.ndarray], trainable: Sequence[bool], step: int = 0
 ) -> ServerOptimizerState:
     """The state before the first step: moments of zeros, in float32 or the weights' dtype if that is wider."""
-    own = _where(trainable, weights)
-    return ServerOptimizerState(0, **{name: [np.zeros_like(w) for w in _widened(own)] for name in optimizer.moments})
+    forms = [(w.shape, _wide(w.dtype)) for w in _where(trainable, weights)]
+    return ServerOptimizerState(step, **{name: [np.zeros(*form) for form in forms] for name in optimizer.moments})
 
 
 def apply_update(
     optimizer: ServerOptimizer,
     state: ServerOptimizerState,
     weights: Sequence[np.ndarray],
-    mean_update: Sequence[np.ndarray],
+    mean_update: Iterable[np.ndarray],
     trainable: Sequence[bool],
 ) -> tuple[Weights, ServerOptimizerState]:
     """One step: the weights after it, by the formulas above, and the state to pass to the next one.
 
     Arrays that are not trainable follow plain FedAvg, w + u: they are statistics, and an adaptive step could make a
-    variance negative. Guarantees: the arguments stay as they are and share no memory with the result; the weights keep
-    their dtypes; fedavg with learning rate 1 is bit-equal to `add(weights, mean_update)`. Raises ValueError if shapes
-    do not match.
+    variance negative. The mean update is taken array by array; of an iterator's, two at most are in memory at once.
+    Guarantees: the arguments stay as they are and share no memory with the result; the weights keep their dtypes;
+    fedavg with learning rate 1 is bit-equal to `add(weights, mean_update)`. Raises ValueError if shapes do not match.
 
     >>> optimizer, weights, trainable = ServerOptimizer("fedavgm", momentum=0.5), [np.float32([1.0])], [True]
     >>> state = initial_state(optimizer, weights, trainable)
@@ -101,53 +101,68 @@ def apply_update(
     >>> weights, state.step  # 1 + 1 + (0.5 * 1 + 1)
     ([array([3.5], dtype=float32)], 2)
     """
-    _check_shapes(optimizer, state, weights, mean_update, trainable)
-    steps, after = _RULES[optimizer.name](optimizer, state, _widened(_where(trainable, mean_update)))
-    step = iter(steps)
-    changes = [next(step) if own else update for own, update in zip(trainable, mean_update, strict=True)]
-    return add(weights, changes), after
+    _check_shapes(optimizer, state, weights, trainable)
+    after = initial_state(optimizer, weights, trainable, step=state.step + 1)
+    pairs = [
+        [(getattr(state, name)[i], getattr(after, name)[i]) for name in optimizer.moments]
+        for i in range(sum(trainable))
+    ]
+    moments, stepped = iter(pairs), []
+    updates = _of_shapes("mean_update", mean_update, weights, "Average updates of this model's weights.")
+    for own, w, u in zip(trainable, weights, updates, strict=True):
+        if own:
+            stepped.append(_step(optimizer, after.step, w, u, next(moments)))
+        else:
+            stepped += add([w], [u])
+    return stepped, after
 
 
-# --- the rules: from the updates of the trainable arrays to their changes and the next state
-
-Rule = Callable[[ServerOptimizer, ServerOptimizerState, Weights], tuple[Weights, ServerOptimizerState]]
-
-
-def _fedavg(o: ServerOptimizer, state: ServerOptimizerState, updates: Weights) -> tuple[Weights, ServerOptimizerState]:
-    return [o.learning_rate * u for u in updates], ServerOptimizerState(state.step + 1)
-
-
-def _fedavgm(o: ServerOptimizer, state: ServerOptimizerState, updates: Weights) -> tuple[Weights, ServerOptimizerState]:
-    first = [o.momentum * m + u for m, u in zip(state.first_moment, updates, strict=True)]
-    return [o.learning_rate * m for m in first], ServerOptimizerState(state.step + 1, first)
-
-
-def _fedadam(o: ServerOptimizer, state: ServerOptimizerState, updates: Weights) -> tuple[Weights, ServerOptimizerState]:
-    second = [o.beta_2 * v + (1 - o.beta_2) * u**2 for v, u in zip(state.second_moment, updates, strict=True)]
-    power = state.step + 2  # t + 1 in step t, as in Flower
-    correction = math.sqrt(1 - o.beta_2**power) / (1 - o.momentum**power)
-    return _adaptive(o, state, updates, second, o.learning_rate * correction)
+def _step(
+    optimizer: ServerOptimizer, t: int, w: np.ndarray, u: np.ndarray, moments: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """w after step t. `moments` holds pairs: the array before it, and the one to write what it is after it to."""
+    stepped = np.empty(w.shape, w.dtype)
+    for block in blocks(w.size):
+        part = u.reshape(-1)[block].astype(_wide(u.dtype), copy=False)
+        change, *after = _RULES[optimizer.name](optimizer, t, part, *(m.reshape(-1)[block] for m, _ in moments))
+        stepped.reshape(-1)[block] = w.reshape(-1)[block] + change
+        for (_, into), m in zip(moments, after, strict=True):
+            into.reshape(-1)[block] = m
+    return stepped
 
 
-def _fedyogi(o: ServerOptimizer, state: ServerOptimizerState, updates: Weights) -> tuple[Weights, ServerOptimizerState]:
-    pairs = zip(state.second_moment, updates, strict=True)
-    second = [v - (1 - o.beta_2) * u**2 * np.sign(v - u**2) for v, u in pairs]
-    return _adaptive(o, state, updates, second, o.learning_rate)
+# --- the rules, on any shape: from t, u and the moments before to the change of w and the moments after
+
+Rule = Callable[..., tuple[np.ndarray, ...]]
 
 
-def _fedadagrad(
-    o: ServerOptimizer, state: ServerOptimizerState, updates: Weights
-) -> tuple[Weights, ServerOptimizerState]:
-    second = [v + u**2 for v, u in zip(state.second_moment, updates, strict=True)]
-    return _adaptive(o, state, updates, second, o.learning_rate)
+def _fedavg(o: ServerOptimizer, t: int, u: np.ndarray) -> tuple[np.ndarray, ...]:
+    return (o.learning_rate * u,)
+
+
+def _fedavgm(o: ServerOptimizer, t: int, u: np.ndarray, m: np.ndarray) -> tuple[np.ndarray, ...]:
+    m = o.momentum * m + u
+    return o.learning_rate * m, m
+
+
+def _fedadam(o: ServerOptimizer, t: int, u: np.ndarray, m: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
+    rate = o.learning_rate * math.sqrt(1 - o.beta_2 ** (t + 1)) / (1 - o.momentum ** (t + 1))
+    return _adaptive(o, rate, u, m, o.beta_2 * v + (1 - o.beta_2) * u**2)
+
+
+def _fedyogi(o: ServerOptimizer, t: int, u: np.ndarray, m: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _adaptive(o, o.learning_rate, u, m, v - (1 - o.beta_2) * u**2 * np.sign(v - u**2))
+
+
+def _fedadagrad(o: ServerOptimizer, t: int, u: np.ndarray, m: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _adaptive(o, o.learning_rate, u, m, v + u**2)
 
 
 def _adaptive(
-    o: ServerOptimizer, state: ServerOptimizerState, updates: Weights, second: Weights, learning_rate: float
-) -> tuple[Weights, ServerOptimizerState]:
-    first = [o.momentum * m + (1 - o.momentum) * u for m, u in zip(state.first_moment, updates, strict=True)]
-    steps = [learning_rate * m / (np.sqrt(v) + o.tau) for m, v in zip(first, second, strict=True)]
-    return steps, ServerOptimizerState(state.step + 1, first, second)
+    o: ServerOptimizer, learning_rate: float, u: np.ndarray, m: np.ndarray, v: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    m = o.momentum * m + (1 - o.momentum) * u
+    return learning_rate * m / (np.sqrt(v) + o.tau), m, v
 
 
 _RULES: Mapping[str, Rule] = {
@@ -166,32 +181,33 @@ def _where(trainable: Sequence[bool], arrays: Sequence[np.ndarray]) -> Weights:
     return [array for own, array in zip(trainable, arrays, strict=True) if own]
 
 
-def _widened(arrays: Sequence[np.ndarray]) -> Weights:
-    """In float32 at least: the square of a small update is 0 in float16."""
-    return [np.asarray(array, dtype=np.result_type(array.dtype, np.float32)) for array in arrays]
+def _wide(dtype: np.dtype) -> np.dtype:
+    """float32 at least: the square of a small update is 0 in float16."""
+    return np.result_type(dtype, np.float32)
 
 
 def _check_shapes(
-    optimizer: ServerOptimizer,
-    state: ServerOptimizerState,
-    weights: Sequence[np.ndarray],
-    mean_update: Sequence[np.ndarray],
-    trainable: Sequence[bool],
+    optimizer: ServerOptimizer, state: ServerOptimizerState, weights: Sequence[np.ndarray], trainable: Sequence[bool]
 ) -> None:
     if len(trainable) != len(weights):
         raise ValueError(
             f"trainable must say of each array whether it is; received {len(trainable)} values for {len(weights)} "
             "arrays. Pass [variable.trainable for variable in model.weights]."
         )
-    _check_same_shapes("mean_update", mean_update, weights, "Average updates of this model's weights.")
     own = _where(trainable, weights)
     for name in ("first_moment", "second_moment"):
         expected = own if name in optimizer.moments else []
-        _check_same_shapes(name, getattr(state, name), expected, "Begin with initial_state, or restore what it became.")
+        remedy = "Begin with initial_state, or restore what it became."
+        for _ in _of_shapes(name, getattr(state, name), expected, remedy):
+            pass
 
 
-def _check_same_shapes(name: str, arrays: Sequence[np.ndarray], like: Sequence[np.ndarray], remedy: str) -> None:
-    shapes = zip_longest(map(np.shape, arrays), map(np.shape, like), fillvalue="none")
-    for i, (received, expected) in enumerate(shapes):
-        if received != expected:
-            raise ValueError(f"Array {i} of {name} must have shape {expected}; received {received}. {remedy}")
+def _of_shapes(
+    name: str, arrays: Iterable[np.ndarray], like: Sequence[np.ndarray], remedy: str
+) -> Iterator[np.ndarray]:
+    """The arrays, one by one, as long as they have the shapes of `like`; else a ValueError."""
+    for i, (array, expected) in enumerate(zip_longest(arrays, like)):
+        received, wanted = ("none" if x is None else x.shape for x in (array, expected))
+        if received != wanted:
+            raise ValueError(f"Array {i} of {name} must have shape {wanted}; received {received}. {remedy}")
+        yield cast(np.ndarray, array)

@@ -18,7 +18,6 @@ from flwr.serverapp import Grid, strategy
 
 from fl_app.aggregation import Contribution, RunningMean
 from fl_app.server_optimizer import ServerOptimizer, ServerOptimizerState, apply_update, initial_state
-from shared.weights import Weights
 
 LOGGER = logging.getLogger("flwr")  # Flower's own
 
@@ -70,7 +69,7 @@ class FedOpt(strategy.FedAvg):
         arrays = {key: Array(np.asarray(array)) for key, array in zip(self.sent, weights, strict=True)}
         return ArrayRecord(arrays), self.train_metrics_aggr_fn(used, self.weighted_by_key)
 
-    def _average(self, received: list[tuple[Message, Contribution]]) -> tuple[Weights, list[RecordDict]]:
+    def _average(self, received: list[tuple[Message, Contribution]]) -> tuple[Iterable[np.ndarray], list[RecordDict]]:
         """The mean update and the replies that are in it: those that can be averaged."""
         num_examples = sum(contribution.num_examples for _, contribution in received)
         mean, used = RunningMean(self.sent.to_numpy_ndarrays(), max(num_examples, 1)), []

@@ -1,11 +1,13 @@
 """Model weights as a vector space: lists of arrays in Keras's order (`model.get_weights()`)."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 Weights = list[np.ndarray]
+
+BLOCK = 1 << 16  # entries; with a few temporaries they stay in the cache
 
 
 def subtract(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Weights:
@@ -34,6 +36,15 @@ def weights_sha256(weights: Iterable[np.ndarray]) -> str:
     for array in weights:
         digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
     return digest.hexdigest()
+
+
+def blocks(size: int) -> Iterator[slice]:
+    """Slices that cover range(size): to work through a large array without temporaries as large as itself.
+
+    >>> [*blocks(100_000)]
+    [slice(0, 65536, None), slice(65536, 131072, None)]
+    """
+    return (slice(start, start + BLOCK) for start in range(0, size, BLOCK))
 
 
 def num_bytes(weights: Iterable[np.ndarray]) -> int:

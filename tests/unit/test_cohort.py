@@ -93,7 +93,7 @@ def mean_of(*numbers: int, asked: int) -> str:
     mean = RunningMean(LIKE, sum(range(1, asked + 1)))
     for i in numbers:
         mean.add(Contribution(good(i).update, i + 1))
-    return weights_sha256(mean.mean())
+    return weights_sha256([*mean.mean()])
 
 
 def collected(replies: Iterable[Reply], cohort: Sequence[str], experiment: Experiment) -> Replies:
@@ -121,7 +121,7 @@ def test_results_are_kept_by_name_without_their_updates_which_are_in_the_mean():
     assert list(found.results) == NAMES[:3]
     for i, result in enumerate(found.results.values()):
         assert result == LocalResult(i + 1, 5, {"loss": 0.5 * i}, {"loss": 0.25 * i}, [], 1.5 * i)
-    assert weights_sha256(found.mean.mean()) == mean_of(0, 1, 2, asked=3)
+    assert weights_sha256([*found.mean.mean()]) == mean_of(0, 1, 2, asked=3)
     assert found.bytes_received == 3 * 4 * (6 + 2)
     assert found.failures == {}
 
@@ -129,7 +129,7 @@ def test_results_are_kept_by_name_without_their_updates_which_are_in_the_mean():
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
 def test_the_mean_of_the_replies_is_bit_equal_for_every_order_of_arrival(order: tuple[int, ...]):
     stream = Stream(*(good(i) for i in order), names=[NAMES[i] for i in order])
-    assert weights_sha256(collected(stream, NAMES[:3], cohort_config(0)).mean.mean()) == mean_of(0, 1, 2, asked=3)
+    assert weights_sha256([*collected(stream, NAMES[:3], cohort_config(0)).mean.mean()]) == mean_of(0, 1, 2, asked=3)
 
 
 def test_the_first_results_that_a_cohort_needs_end_the_round_and_the_rest_are_not_waited_for():
@@ -137,7 +137,7 @@ def test_the_first_results_that_a_cohort_needs_end_the_round_and_the_rest_are_no
     found = collected(stream, NAMES[:5], cohort_config(2, over_selection=3))
     assert (list(found.results), list(found.failures)) == (["silo-0", "silo-2"], ["silo-1"])
     assert stream.num_taken == 3
-    assert weights_sha256(found.mean.mean()) == mean_of(0, 2, asked=5)
+    assert weights_sha256([*found.mean.mean()]) == mean_of(0, 2, asked=5)
 
 
 def test_without_over_selection_all_are_waited_for_even_if_fewer_would_do():
@@ -173,7 +173,7 @@ def test_replies_that_end_too_early_are_an_error():
 
 def test_replies_that_end_early_will_do_if_there_are_enough():
     found = collected(Stream(good(0), good(1)), NAMES[:3], cohort_config(0, min_replies=2))
-    assert weights_sha256(found.mean.mean()) == mean_of(0, 1, asked=3)
+    assert weights_sha256([*found.mean.mean()]) == mean_of(0, 1, asked=3)
 
 
 BROKEN = {
@@ -197,7 +197,7 @@ def test_an_update_that_cannot_be_averaged_is_refused_by_name_and_the_round_goes
     found = collected(Stream(good(0), refused, good(2)), NAMES[:3], cohort_config(0, min_replies=2))
     assert list(found.results) == ["silo-0", "silo-2"]
     assert list(found.failures) == ["silo-1"]
-    assert weights_sha256(found.mean.mean()) == mean_of(0, 2, asked=3)
+    assert weights_sha256([*found.mean.mean()]) == mean_of(0, 2, asked=3)
     assert found.bytes_received == 2 * 4 * (6 + 2)
     assert "silo 'silo-1' is left out of the round: an update" in capsys.readouterr().out
     with pytest.raises(FederationError, match=rf"received 1\. silo 'silo-1': an update .*{reason}.*See the logs"):

@@ -1,5 +1,6 @@
 """Server optimizers against identities and closed forms."""
 
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fl_app.aggregation import Contribution, RunningMean
 from fl_app.server_optimizer import ServerOptimizer, ServerOptimizerState, apply_update, initial_state
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.experiment import experiment_from_flat
@@ -182,6 +184,26 @@ def test_the_arguments_stay_as_they_are_and_share_no_memory_with_the_result(name
     assert not any(np.shares_memory(a, b) for a in given for b in result)
     again = apply_update(rule, state, weights, update, trainable)
     assert bits([*again[0], *again[1].first_moment, *again[1].second_moment]) == bits(result)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arrays_are_stepped_block_by_block_to_the_same_weights(name: str, monkeypatch: pytest.MonkeyPatch):
+    weights, updates = [np.array(w, order="F") for w in random_arrays(0)], [random_arrays(1), random_arrays(2)]
+    whole, _ = trajectory(optimizer(name), weights, updates)[-1]
+    monkeypatch.setattr("shared.weights.BLOCK", 2)  # of arrays with 6, 4 and 1 entries
+    assert bits(trajectory(optimizer(name), weights, updates)[-1][0]) == bits(whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_takes_the_memory_of_what_it_returns_and_of_two_arrays_of_the_mean(name: str):
+    rule, like = optimizer(name), [np.zeros(1 << 20, np.float32) for _ in range(4)]
+    mean, state = RunningMean(like, 1), initial_state(rule, like, [True] * 4)
+    mean.add(Contribution([array + 1 for array in like], 1))
+    tracemalloc.start()
+    apply_update(rule, state, like, mean.mean(), [True] * 4)
+    peak = tracemalloc.get_traced_memory()[1] / like[0].nbytes
+    tracemalloc.stop()
+    assert peak < 4 * (1 + len(rule.moments)) + 2.75  # arrays; the rest is for the blocks
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
