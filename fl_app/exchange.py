@@ -14,7 +14,9 @@ from fl_app.messages import FORMAT, pack_task, unpack_refusal, unpack_result, un
 from shared.data import Schema
 from shared.weights import Weights, num_bytes
 
-LOOK_FOR_NODES_S = 2.0  # between looks for silos that connect, or that are gone
+LOOK_FOR_NODES_S = 2.0  # between looks for silos that connect
+GONE = Failure("it is no longer connected")
+NODE_UNAVAILABLE = 5  # Flower's code for it
 TTL_MARGIN_S = 30.0  # Flower drops a message later than we stop waiting for its answer
 BYTES_PER_PULL = 32 << 20  # of replies that are held at once, if more than one
 
@@ -110,7 +112,7 @@ class FlowerExchange:
 
         A node that is gone, or late when the time is up, is a Failure.
         """
-        wait, deadline = AdaptiveWait(longest_s=0.5), time.monotonic() + timeout_s
+        wait, deadline = AdaptiveWait(), time.monotonic() + timeout_s
         messages = [
             Message(content, dst_node_id=node, message_type=kind, group_id=group, ttl=timeout_s + TTL_MARGIN_S)
             for node in nodes
@@ -133,7 +135,7 @@ class FlowerExchange:
                 for message_id, node in [*pending.items()]:
                     if node not in connected:
                         del pending[message_id]
-                        yield node, Failure("it is no longer connected")
+                        yield node, GONE
                 looked_for_nodes = time.monotonic()
             if pending:
                 wait.wait()
@@ -154,6 +156,8 @@ class FlowerExchange:
 
 def _content(reply: Message) -> RecordDict | Failure:
     if reply.has_error():
+        if reply.error.code == NODE_UNAVAILABLE:
+            return GONE
         reason = (reply.error.reason or "no reason given").strip().splitlines()
         return Failure(f"{reason[-1]} (Flower's code {reply.error.code})")
     refusal = unpack_refusal(reply.content)

@@ -336,9 +336,12 @@ def _check_silos(experiment: Experiment, before: tuple[str, ...], now: Mapping[s
             f"federation.min_replies cannot exceed the silos that take part; received "
             f"{experiment.federation.min_replies} with {len(now)}. Lower it, or raise federation.min_silos."
         )
-    if before and set(before) != set(now):
-        missing, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+    missing, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+    if before and (new or (missing and not experiment.federation.min_replies)):
         raise FederationError(
             f"A run is resumed by the silos that began it; missing: {missing}, new: {new}. Set "
-            f"federation.min_silos = {len(before)} to wait for all, and stop the new ones."
+            f"federation.min_silos = {len(before)} to wait for all, or federation.min_replies to go on without those "
+            "that are missing, and stop the new ones."
         )
+    if before and missing:
+        print(f"the run goes on without {', '.join(missing)}, who began it", flush=True)

@@ -1,5 +1,6 @@
 """The ServerApp: Flower's side of the coordinator."""
 
+import logging
 import sys
 
 from flwr.app import Context
@@ -29,6 +30,20 @@ def main(grid: Grid, context: Context) -> None:
             result = run_federation(experiment, exchange, record)
     except (ValueError, OSError, FederationError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        logging.getLogger("flwr").addFilter(_WithoutTraceback(error))
         raise
     print(f"{experiment.name}: {describe(result['metrics'])}", flush=True)
     print(f"run record: {record.directory.resolve()}", flush=True)
+
+
+class _WithoutTraceback(logging.Filter):
+    """Flower logs the exception that ends a run; the user has been told what it says."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is self.error:
+            record.exc_info = None
+        return True

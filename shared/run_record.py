@@ -75,8 +75,8 @@ class RunRecord:
         is_free = not self.directory.exists() or (self.directory.is_dir() and not any(self.directory.iterdir()))
         if not self.experiment.run.resume and not is_free:
             raise ValueError(
-                f"The run directory {self.directory} exists already. Continue that run with --resume, choose another "
-                "directory with --run-dir, or delete it."
+                f"The run directory {self.directory} exists already. Continue that run with --resume (run.resume = "
+                "true), choose another directory with --run-dir (run.directory), or delete it."
             )
 
     def open(self) -> None:

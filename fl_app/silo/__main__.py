@@ -72,6 +72,16 @@ def supernode_arguments(options: argparse.Namespace, scratch: Path) -> list[str]
     return ["--superlink", options.superlink, *connection, "--node-config", str(config)]
 
 
+class _PrintVersion(argparse.Action):
+    """What all parties must have alike: worked out only if it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from fl_app.silo.worker import installed_digest  # brings Flower
+
+        print(installed_digest()[:16])
+        parser.exit()
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     title, _, text = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m fl_app.silo", description=text, epilog=title)
@@ -90,6 +100,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root-certificates", metavar="FILE", help="of the coordinator's certificate authority (TLS)")
     parser.add_argument("--auth-supernode-private-key", metavar="FILE", help="this silo's key, if the SuperLink asks")
     parser.add_argument("--insecure", action="store_true", help="no TLS: for trials on one machine only")
+    parser.add_argument(
+        "--version", action=_PrintVersion, nargs=0, help="print the hash of the installed app, and exit"
+    )
     parser.add_argument("--stock-waits", action="store_true", help="leave the SuperNode's waits as Flower has them")
     return parser.parse_args(arguments)
 

@@ -78,7 +78,10 @@ class Supervisor:
         node = group.start(NODE, command, _environment(), inherits_output=True)
         if not wait_until_listening(port, node, START_TIMEOUT_S):
             raise SiloError(f"the SuperNode of silo {self.silo} did not start. Its lines above say why.")
-        print(f"silo {self.silo}: the SuperNode is running; Ctrl-C to leave the federation", flush=True)
+        print(
+            f"silo {self.silo}: the SuperNode is running and calls the coordinator; Ctrl-C to leave the federation",
+            flush=True,
+        )
         return node
 
     def _start_worker(self, group: ProcessGroup, runtime_api: str, file: TaskFile) -> "subprocess.Popen[bytes]":

@@ -39,6 +39,11 @@ def bundle_digest(bundle: bytes) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def installed_digest() -> str:
+    """That of the bundle which `flwr run` would make of the code that is installed here."""
+    return bundle_digest(installed_bundle(PROJECT, PACKAGES))
+
+
 def work(source: TaskSource, file: TaskFile, answer: Callable[[Message, Context, bytes], Message]) -> None:
     """Takes tasks and answers them, for ever."""
     wait = AdaptiveWait()
@@ -94,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runtime-api", required=True, metavar="HOST:PORT", help="of the SuperNode")
     parser.add_argument("--task-file", required=True, type=Path, help="where the task in hand is noted")
     options = parser.parse_args(arguments)
-    answer = checked_app(bundle_digest(installed_bundle(PROJECT, PACKAGES)))
+    answer = checked_app(installed_digest())
     file = TaskFile(options.task_file)
     file.clear()
     join_arrays_at_once(FORMAT)

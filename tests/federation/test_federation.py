@@ -168,15 +168,21 @@ def test_a_silo_without_usable_data_ends_the_run_with_its_reason_kept_at_the_sil
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_shuts_everything_down(launcher, tmp_path: Path) -> None:
-    path = toml_file(tmp_path, experiment(tmp_path / "unused"))
-    process = launcher(path, "--silos", 2, "--run-dir", tmp_path / "run")
-    assert wait_for(lambda: len(our_processes(str(tmp_path))) >= 6, timeout_s=60)
+@pytest.mark.parametrize("phase", ["the SuperLink starts", "the silos start", "roll call", "round 1/"])
+def test_ctrl_c_shuts_everything_down(launcher, tmp_path: Path, phase: str) -> None:
+    run = tmp_path / "run"
+    process = launcher(toml_file(tmp_path, experiment(tmp_path / "unused")), "--silos", 2, "--run-dir", run)
+    num_processes = {"the SuperLink starts": 2, "the silos start": 6}.get(phase)
+    if num_processes:
+        assert wait_for(lambda: len(our_processes(str(tmp_path))) >= num_processes, timeout_s=60)
+    else:
+        assert any(phase in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    assert not our_processes(str(tmp_path))
+    assert wait_for(lambda: not our_processes(str(tmp_path)), 1)
+    assert not (run / "result.json").exists()
 
 
 def test_a_superlink_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def tell(coordinator: Party, hospitals: list[Party], keys: Party, hospital_with_
     superlink, superlink_with_keys = commands("flower-superlink --host")
     silo, silo_with_key = commands("python -m fl_app.silo")
     (certificates,), (connection,), (check,) = map(commands, ("openssl req", "[superlink.consortium]", "s_client"))
-    (version,), (nodes,), (run,) = map(commands, ("bundle_digest", "flwr supernode list", "flwr run"))
+    (version,), (nodes,), (run,) = map(commands, ("fl_app.silo --version", "flwr supernode list", "flwr run"))
     (report,), (listing,), (log_and_stop,) = map(commands, ("shared.report", "flwr ls", "flwr log"))
     (make_key,), (register,), (unregister,) = map(commands, ("ssh-keygen", "supernode register", "unregister"))
     (stock_node,) = commands("flower-supernode --superlink")

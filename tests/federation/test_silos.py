@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fl_app.launch import cut_data
@@ -75,6 +77,16 @@ class Consortium:
         self.group.start(name, [*command, "--silo", name, "--data", data], self.environment(**changes), log)
         assert wait_for(lambda: "the worker is ready" in log.read_text(), 120), log.read_text()
         return log
+
+    @contextmanager
+    def another_silo(self, name: str, data: str, **changes: str) -> Iterator[Path]:
+        """One that leaves the federation at the end."""
+        log = self.start_silo(name, data, **changes)
+        try:
+            yield log
+        finally:
+            self.group.processes[name].terminate()
+            self.group.processes[name].wait()
 
     def start_run(self, e: Experiment) -> subprocess.Popen:
         path = toml_file(Path(e.run_directory).parent, e)
@@ -194,8 +206,6 @@ def test_a_worker_that_is_killed_on_a_task_is_named_at_once_and_replaced(
 
 def wait_for_task(worker: int) -> Path:
     """Waits until a worker has a task in hand, and returns its note of it."""
-    import psutil
-
     command = psutil.Process(worker).cmdline()
     file = Path(command[command.index("--task-file") + 1])
     assert wait_for(lambda: file.exists() and '"message": "' in file.read_text() and len(file.read_text()) > 120, 120)
@@ -220,19 +230,55 @@ def test_a_round_goes_on_without_a_silo_that_never_answers(consortium: Consortiu
     assert row["failures"] == {"silo-0": "no answer within 40 s"}
 
 
+def test_a_silo_that_vanishes_in_a_round_is_named_and_the_round_goes_on(consortium: Consortium, tmp_path: Path) -> None:
+    """As when its machine or its line dies: nobody is left there to say so."""
+    consortium.start_silo("third", "wine")
+    e = experiment(tmp_path / "run", **LONG, **{"federation.min_silos": 3, "federation.min_replies": 2})
+    run = consortium.start_run(e)
+    worker = consortium.worker("third")
+    lines_until(run, "roll call: 3 silos")
+    wait_for_task(worker)
+    consortium.group.processes["third"].kill()
+    killed = time.monotonic()
+    told = lines_until(run, "silo 'third' is left out of the round")
+    assert time.monotonic() - killed < 35  # Flower's heartbeats come every 10 s; two may be missed
+    output = finished(run)
+    assert "silo 'third' is left out of the round: it is no longer connected" in told + output
+    assert next(row["cohort"] for row in rows(e.run_directory) if "cohort" in row) == ["silo-0", "silo-1"]
+    assert wait_for(lambda: not psutil.pid_exists(worker), 5)
+
+
+GARBLING = """
+import sys
+if "fl_app.silo.worker" in sys.orig_argv:
+    from dataclasses import replace
+    from fl_app import messages
+    honest = messages.pack_result
+    messages.pack_result = lambda result: honest(replace(result, update=[array[..., :-1] for array in result.update]))
+"""
+
+
+def test_a_silo_that_sends_arrays_of_other_shapes_is_left_out_by_name(consortium: Consortium, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(GARBLING)
+    with consortium.another_silo("garbling", "wine", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"):
+        changes = {"federation.min_silos": 3, "federation.min_replies": 2, "federation.num_rounds": 2}
+        e = experiment(tmp_path / "run", **changes)
+        output = finished(consortium.start_run(e))
+    told = [line for line in output.splitlines() if line.startswith("silo 'garbling' is left out of the round")]
+    assert len(told) == 2, output
+    assert all("an update must have the model's" in line and "should be" in line for line in told)
+    assert [row["cohort"] for row in rows(e.run_directory) if "cohort" in row] == [["silo-0", "silo-1"]] * 2
+
+
 def test_a_silo_with_another_app_is_refused_and_both_versions_are_told(consortium: Consortium, tmp_path: Path) -> None:
     for package in ("shared", "dist_train", "fl_app"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "shared" / "metrics.py").open("a") as file:
         file.write("# one line more\n")
-    log = consortium.start_silo("other", "wine", PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
-    try:
+    with consortium.another_silo("other", "wine", PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1") as log:
         e = experiment(tmp_path / "run", **{"federation.min_silos": 3})
         output = finished(consortium.start_run(e))
-    finally:
-        consortium.group.processes["other"].terminate()
-        consortium.group.processes["other"].wait()
     (reason,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "silo 'other' refuses: it runs the app that is installed here" in reason
     assert "received the bundle" in reason

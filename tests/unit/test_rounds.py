@@ -17,6 +17,7 @@ from fl_app.rounds import common_schema
 from fl_app.server_optimizer import ServerOptimizer, apply_update, initial_state
 from shared.checkpoint import load_checkpoint
 from shared.data import Dataset, Schema, load_dataset, shard, split_pool
+from shared.run_record import read_metrics
 from shared.training import EpochBatches, compile_model, fit_epochs
 from shared.weights import Weights, add, max_difference, weights_sha256
 from shared.zoo import build_model
@@ -279,6 +280,18 @@ def test_a_run_is_resumed_by_the_silos_that_began_it(tmp_path: Path):
     longer = configure(tmp_path, {"federation.num_rounds": 2}, resume=True)
     with pytest.raises(FederationError, match=r"missing: \['silo-2'\], new: \[\].*min_silos = 3"):
         run(longer, Arithmetic(num_silos=2))
+
+
+def test_with_a_quorum_a_run_is_resumed_without_a_silo_that_is_missing(tmp_path: Path, capsys):
+    quorum = {"federation.min_replies": 2, "federation.min_silos": 2}
+    run(configure(tmp_path, {**quorum, "federation.num_rounds": 1}), Arithmetic(num_silos=3))
+    longer = configure(tmp_path, {**quorum, "federation.num_rounds": 2}, resume=True)
+    run(longer, Arithmetic(num_silos=2))
+    assert "the run goes on without silo-2, who began it" in capsys.readouterr().out
+    rows = read_metrics(longer.run_directory)
+    assert [row["cohort"] for row in rows if "cohort" in row] == [["silo-0", "silo-1", "silo-2"], ["silo-0", "silo-1"]]
+    with pytest.raises(FederationError, match=r"missing: \[\], new: \['silo-3'\]"):
+        run(longer, Arithmetic(num_silos=4))
 
 
 # --- the schema of a federation
