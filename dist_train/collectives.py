@@ -7,7 +7,8 @@ object `LocalCommunicator`, so that the code that uses it has one path for 1 to 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 # Set by horovodrun, and by mpirun for programs started without horovodrun.
 LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+MEETING_ADDRESS, MEETING_PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 PLACE_VARIABLES = (  # this rank's number among those of its host, and how many those are
     ("HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -122,6 +124,10 @@ class HorovodCommunicator:
         self.local_size: int = self._hvd.local_size()
         return self
 
+    def leave(self) -> None:
+        """Leaves the job, which `start` can join again."""
+        self._hvd.shutdown()
+
     @property
     def is_root(self) -> bool:
         return self.rank == 0
@@ -188,6 +194,54 @@ def connect() -> Communicator:
     if any(name in os.environ for name in LAUNCHER_VARIABLES):
         return HorovodCommunicator().start()
     return LocalCommunicator()
+
+
+# --- joining again and again, in a job whose ranks wait between pieces of work
+
+
+class MeetingPoint:
+    """Where ranks that `join` find each other. It is to run on the host of their launcher."""
+
+    def start(self) -> int:
+        """Returns its port."""
+        from horovod.runner.http.http_server import RendezvousServer
+
+        self._server = RendezvousServer()
+        port: int = self._server.start()
+        self.clear()
+        return port
+
+    def clear(self) -> None:
+        """Forgets who was here: before each meeting."""
+        self._server.init([])
+
+    def stop(self) -> None:
+        self._server.stop()
+        self._server._httpd.server_close()
+
+
+@contextmanager
+def joined(port: int) -> Iterator[Communicator]:
+    """Joins the ranks that meet at this port and leaves them again: who waits must not use a processor.
+
+    Horovod's thread looks for tensors every cycle as long as it is there. Only over Gloo: MPI starts once.
+    """
+    os.environ[MEETING_PORT] = str(port)
+    communicator = HorovodCommunicator().start()
+    try:
+        yield communicator
+    finally:
+        communicator.leave()
+
+
+def told_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """This process's rank as its launcher tells it, before anything is joined."""
+    return next(int(environment[name]) for name in LAUNCHER_VARIABLES if name in environment)
+
+
+def launcher_address(environment: Mapping[str, str] = os.environ) -> str:
+    """The launcher's host, as seen from this rank's."""
+    return environment[MEETING_ADDRESS]
 
 
 class AgreedError(ValueError):

@@ -14,7 +14,7 @@ from dist_train.collectives import AgreedError, Communicator, agree
 from dist_train.gradients import Aggregation
 from dist_train.keras_horovod import broadcast_variables, bytes_sent, distribute
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from shared.data import Dataset, Splits, load_dataset, shard, split
+from shared.data import Dataset, Schema, Splits, load_dataset, shard, split
 from shared.experiment import Experiment
 from shared.run_record import CHECKPOINT, NullRecord, Record, RunRecord
 from shared.training import EpochBatches, LearningRate, batch_slices, compile_model, evaluate, fit_epochs
@@ -87,6 +87,22 @@ def aggregation(experiment: Experiment) -> Aggregation:
     )
 
 
+def compile_for_ranks(
+    model: keras.Model, experiment: Experiment, schema: Schema, steps_per_epoch: int, communicator: Communicator
+) -> None:
+    """Compiles in place, as the experiment says, so that `fit` trains on all ranks together."""
+    world_size = communicator.world_size
+    rate = learning_rate(experiment, world_size, steps_per_epoch)
+    compile_model(model, experiment, schema, rate, STEPS_PER_EXECUTION if world_size > 1 else 1)
+    distribute(
+        model,
+        communicator,
+        aggregation=aggregation(experiment),
+        sync_batch_norm=experiment.training.sync_batch_norm,
+        compile_update=None if experiment.performance.compile_update else False,
+    )
+
+
 @dataclass
 class Progress:
     """What a checkpoint holds beside the arrays: how far the run is and what it has seen."""
@@ -128,15 +144,7 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
     batches = EpochBatches(splits.train, batch_size, experiment.seed, rank=rank, world_size=world_size)
     schema = splits.train.schema
     model = build_model(experiment.model, schema, experiment.seed)
-    rate = learning_rate(experiment, world_size, steps_per_epoch=len(batches))
-    compile_model(model, experiment, schema, rate, STEPS_PER_EXECUTION if world_size > 1 else 1)
-    distribute(
-        model,
-        communicator,
-        aggregation=aggregation(experiment),
-        sync_batch_norm=experiment.training.sync_batch_norm,
-        compile_update=None if experiment.performance.compile_update else False,
-    )
+    compile_for_ranks(model, experiment, schema, len(batches), communicator)
     model.optimizer.build(model.trainable_variables)
     return _Job(experiment, communicator, splits, batches, model)
 

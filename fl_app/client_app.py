@@ -7,7 +7,7 @@ from collections.abc import Callable
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl_app.local_training import LocalResult, Silo, Workbench
+from fl_app.local_training import Bench, LocalResult, Silo, SiloFailure, Workbench
 from fl_app.messages import (
     is_of_strategy,
     pack_refusal,
@@ -21,7 +21,7 @@ from shared.experiment import Experiment, experiment_from_flat
 from shared.metrics import describe
 
 
-def make_app(workbench: Workbench) -> ClientApp:
+def make_app(workbench: Bench) -> ClientApp:
     """A ClientApp that works on this workbench, which keeps data and model warm between messages."""
     app = ClientApp()
 
@@ -30,6 +30,9 @@ def make_app(workbench: Workbench) -> ClientApp:
         try:
             experiment = experiment_from_flat(context.run_config)
             content = work(workbench.silo(context.node_config, experiment), experiment)
+        except SiloFailure as error:
+            print(f"error: silo {context.node_config['silo']}: {error}", file=sys.stderr, flush=True)
+            content = pack_refusal(str(context.node_config["silo"]), f"{error}.")
         except Exception as error:  # Flower would send any exception's text to the server
             if not isinstance(error, ValueError):
                 traceback.print_exc()

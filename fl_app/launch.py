@@ -22,6 +22,7 @@ import psutil
 import tomli_w
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from fl_app.silo.settings import ONE_WORKER, Cluster
 from shared.command_line import add_experiment_arguments, experiment_from_arguments
 from shared.data import load_dataset, split_pool
 from shared.data.sources import save_npz
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = experiment_from_arguments(options)
         RunRecord(experiment, "flower", "round").check()
         silos = _own_data(options.silo, experiment) or cut_data(experiment, options.silos, scratch)
-        federate(experiment, silos, scratch, port=options.port, node=options.node)
+        cluster = Cluster(options.num_workers)
+        federate(experiment, silos, scratch, port=options.port, node=options.node, cluster=cluster)
     except (ValueError, OSError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,12 +78,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def federate(experiment: Experiment, silos: dict[str, str], scratch: Path, port: int = 0, node: str = NODES[0]) -> None:
+def federate(
+    experiment: Experiment,
+    silos: dict[str, str],
+    scratch: Path,
+    port: int = 0,
+    node: str = NODES[0],
+    cluster: Cluster = ONE_WORKER,
+) -> None:
     """Runs the experiment in a federation of `silos` (name: path or name of its data) on this machine.
 
-    `node` says what a silo is: one of NODES. Prints the ServerApp's lines as they come. Raises LaunchError if the run
-    does not finish.
+    `node` says what a silo is: one of NODES; `cluster` which workers each has. Prints the ServerApp's lines as they
+    come. Raises LaunchError if the run does not finish.
     """
+    if cluster != ONE_WORKER and node == "flower":
+        raise ValueError(
+            f"A plain flower-supernode has one worker; received --num-workers {cluster.num_workers}. Leave it out, or "
+            "--node flower."
+        )
     if port and is_listening(port):
         raise ValueError(f"Port {port} is in use on this machine. Choose another with --port, or leave it out.")
     (free_port,) = free_ports(1)
@@ -99,6 +113,7 @@ def federate(experiment: Experiment, silos: dict[str, str], scratch: Path, port:
         allowed = [experiment.model.name] if ":" in experiment.model.name else []  # the user is the silos' owner here
         for silo, data in silos.items():
             command = _silo_command(node, silo, data, allowed, address, scratch)
+            command += cluster.arguments() if cluster != ONE_WORKER else []
             group.start(f"silo {silo}", command, environment, scratch / "silos" / f"{silo}.log")
         command = [BIN / "flwr", "run", PROJECT, "here", "--stream", "--run-config", run_config]
         run = group.start(RUN, command, environment)
@@ -259,6 +274,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=NODES[0],
         help="what a silo is: a SuperNode with a living worker (default), the same with Flower's own waits, or a plain "
         "flower-supernode",
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=1, metavar="N", help="Horovod ranks of each silo (default: 1, no Horovod)"
     )
     parser.add_argument("--port", type=int, default=0, help="the SuperLink's port (default: a free one)")
     return parser.parse_args(arguments)

@@ -1,15 +1,15 @@
 """What a silo does with a message: its own data, its own steps. Knows nothing of Flower."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from shared.data import Dataset, Schema, load_dataset
+from shared.data import Dataset, Schema, load_dataset, shard
 from shared.data.dataset import split_validation
 from shared.experiment import Experiment
 from shared.weights import Weights, subtract
@@ -90,6 +90,29 @@ def load_silo(name: str, source: str, experiment: Experiment) -> Silo:
     return Silo(name, train, validation)
 
 
+class SiloFailure(Exception):
+    """Why a silo could not do its work, in words that may leave it: they hold nothing of its data."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who shares a silo's training: this process is `rank` of `world_size`.
+
+    `compile(model, experiment, schema, steps_per_epoch)` compiles in place, so that the ranks train together.
+    """
+
+    rank: int
+    world_size: int
+    compile: Callable[["keras.Model", Experiment, Schema, int], None]
+
+
+def alone() -> Ranks:
+    """One process for the whole silo."""
+    from shared.training import compile_model  # Keras: seconds to import, not needed for a roll call
+
+    return Ranks(0, 1, lambda model, experiment, schema, _: compile_model(model, experiment, schema) and None)
+
+
 @dataclass(frozen=True)
 class LocalTrainer:
     """A silo's compiled model and batches, to be used round after round.
@@ -130,41 +153,68 @@ class LocalTrainer:
         return metrics, subtract(self.model.get_weights(), weights)
 
 
-def prepare_trainer(silo: Silo, schema: Schema, experiment: Experiment) -> LocalTrainer:
+def prepare_trainer(
+    silo: Silo, schema: Schema, experiment: Experiment, make_ranks: Callable[[], Ranks] = alone
+) -> LocalTrainer:
     """Compiles the experiment's model for a silo, with the federation's classes, of which its data may lack some."""
-    from shared.training import (
-        EpochBatches,
-        compile_model,
-        evaluation_batches,
-    )  # Keras: seconds to import, not needed for a roll call
+    from shared.training import EpochBatches, evaluation_batches  # Keras
     from shared.zoo import build_model
 
+    ranks = make_ranks()
+    rank, world_size = ranks.rank, ranks.world_size
     train = replace(silo.train, num_classes=schema.num_classes)
     seen = replace(silo, train=train, validation=replace(silo.validation, num_classes=schema.num_classes))
     config = experiment.model.model_copy(update={"initial": ""})  # the server's weights replace any initial ones
-    model = compile_model(build_model(config, seen.schema, experiment.seed), experiment, seen.schema)
+    batch_size = experiment.federation.local_batch_size
+    batches = EpochBatches(train, batch_size, experiment.seed, owner=silo.name, rank=rank, world_size=world_size)
+    _check_batches(batches)
+    model = build_model(config, seen.schema, experiment.seed)
+    ranks.compile(model, experiment, seen.schema, len(batches))
     model.optimizer.build(model.trainable_variables)
-    batches = EpochBatches(train, experiment.federation.local_batch_size, experiment.seed, owner=silo.name)
     fresh_optimizer = [np.array(variable) for variable in model.optimizer.variables]
-    return LocalTrainer(seen, experiment, model, batches, evaluation_batches(seen.validation), fresh_optimizer)
+    validation = evaluation_batches(shard(seen.validation, rank, world_size))
+    return LocalTrainer(seen, experiment, model, batches, validation, fresh_optimizer)
+
+
+def _check_batches(batches: "EpochBatches") -> None:
+    smallest = min(s.stop - s.start for s in batches.slices)
+    if smallest < batches.world_size:
+        raise ValueError(
+            f"Every worker needs an example in every step; received a batch of {smallest} for {batches.world_size} "
+            f"workers of silo {batches.owner!r}. Raise federation.local_batch_size, or start the silo with fewer "
+            "workers (--num-workers)."
+        )
+
+
+class Bench(Protocol):
+    """Where a silo's tasks are done. Raises ValueError, or SiloFailure, if one cannot be."""
+
+    def silo(self, node_config: Mapping[str, Any], experiment: Experiment) -> Silo: ...
+    def evaluate(self, silo: Silo, schema: Schema, experiment: Experiment, weights: Weights) -> LocalResult: ...
+    def train(
+        self, silo: Silo, schema: Schema, experiment: Experiment, weights: Weights, round_number: int, evaluate: bool
+    ) -> LocalResult: ...
 
 
 class Workbench:
     """What the tasks of a silo share, kept warm: its data, and the compiled model of the last two experiments."""
 
-    def __init__(self) -> None:
+    def __init__(self, prepare: Callable[[Silo, Schema, Experiment], LocalTrainer] | None = None) -> None:
         self._load = lru_cache(maxsize=2)(lambda name, source, stamp, experiment: load_silo(name, source, experiment))
-        self._prepare = lru_cache(maxsize=2)(prepare_trainer)
+        self._prepare = lru_cache(maxsize=2)(prepare or prepare_trainer)
 
     def silo(self, node_config: Mapping[str, Any], experiment: Experiment) -> Silo:
         """The silo of a node config, from memory if its file is as it was. Raises ValueError as `load_silo` does."""
         name, source = check_node_config(node_config, experiment)
         return self._load(name, source, _stamp(source), experiment)
 
+    def trainer(self, silo: Silo, schema: Schema, experiment: Experiment) -> LocalTrainer:
+        return self._prepare(silo, schema, experiment)
+
     def evaluate(self, silo: Silo, schema: Schema, experiment: Experiment, weights: Weights) -> LocalResult:
         """The metrics of the weights on the silo's validation examples."""
         started = time.perf_counter()
-        metrics = self._prepare(silo, schema, experiment).evaluate(weights)
+        metrics = self.trainer(silo, schema, experiment).evaluate(weights)
         return LocalResult(len(silo.train), len(silo.validation), {}, metrics, [], time.perf_counter() - started)
 
     def train(
@@ -172,7 +222,7 @@ class Workbench:
     ) -> LocalResult:
         """One round at a silo: judge the incoming weights, if asked to, then train from them."""
         started = time.perf_counter()
-        trainer = self._prepare(silo, schema, experiment)
+        trainer = self.trainer(silo, schema, experiment)
         validation = trainer.evaluate(weights) if evaluate else {}
         metrics, update = trainer.train(weights, round_number)
         seconds = time.perf_counter() - started

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import numpy as np
 import pytest
 
 from shared.data import Dataset
+
+
+def pytest_configure() -> None:
+    """Ctrl-C as on a terminal, also where a shell's "&" has us ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

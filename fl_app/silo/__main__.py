@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tomli_w
 
+from fl_app.silo.settings import add_cluster_arguments, cluster_of, with_config
 from fl_app.silo.supervisor import SiloError, Supervisor
 from shared.data.sources import BUILTIN_SETS
 from shared.processes import exit_on_sigterm
@@ -24,12 +25,17 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+    try:
+        options = _parse(with_config(sys.argv[1:] if arguments is None else arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     exit_on_sigterm()
     scratch = Path(tempfile.mkdtemp(prefix=f"archipelago-{os.getpid()}-"))
     try:
         check_options(options)
-        Supervisor(options.silo, supernode_arguments(options, scratch), scratch, options.stock_waits).run()
+        node = supernode_arguments(options, scratch)
+        Supervisor(options.silo, node, scratch, cluster_of(options), options.stock_waits).run()
     except (ValueError, OSError, SiloError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,6 +61,7 @@ def check_options(options: argparse.Namespace) -> None:
             "The connection to the coordinator needs TLS: --root-certificates ca.crt, its certificate authority; "
             "received neither that nor --insecure, which is for trials on one machine."
         )
+    cluster_of(options)
     for file in filter(None, (options.root_certificates, options.auth_supernode_private_key)):
         if not Path(file).is_file():
             raise ValueError(f"There is no file {file}. Check the path.")
@@ -82,7 +89,7 @@ class _PrintVersion(argparse.Action):
         parser.exit()
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     title, _, text = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m fl_app.silo", description=text, epilog=title)
     parser.add_argument("--superlink", required=True, metavar="HOST:PORT", help="the coordinator's SuperLink")
@@ -100,6 +107,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root-certificates", metavar="FILE", help="of the coordinator's certificate authority (TLS)")
     parser.add_argument("--auth-supernode-private-key", metavar="FILE", help="this silo's key, if the SuperLink asks")
     parser.add_argument("--insecure", action="store_true", help="no TLS: for trials on one machine only")
+    add_cluster_arguments(parser)
+    parser.add_argument("--config", metavar="FILE.toml", help="these options by name: num-workers = 4")
     parser.add_argument(
         "--version", action=_PrintVersion, nargs=0, help="print the hash of the installed app, and exit"
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_app.flower_internals import EXECUTOR, WAITS, Task, TaskWithdrawn, message_from_bytes, missing_internals
+from fl_app.silo.settings import Cluster
 from fl_app.silo.task_file import TaskFile
 from shared.processes import ProcessGroup, child_environment, free_ports, wait_until_listening
 
@@ -32,13 +33,17 @@ class Supervisor:
     silo: str
     supernode: Sequence[str]
     scratch: Path
+    cluster: Cluster
     stock_waits: bool = False  # leave the SuperNode's waits as Flower has them
 
     def run(self) -> None:
         """Never returns. Raises SiloError when the SuperNode ends, or the worker dies again and again for no task."""
         (port,) = free_ports(1)
         with ProcessGroup() as group:
-            if missing := missing_internals(EXECUTOR):
+            missing = missing_internals(EXECUTOR)
+            if missing and self.cluster.num_workers > 1:
+                raise SiloError(f"this Flower has no {', '.join(missing)}: a silo can have one worker only")
+            if missing:
                 _warn(f"this Flower has no {', '.join(missing)}: each task starts a process, which takes seconds")
                 node = self._start_node(group, port, "subprocess")
                 code = node.wait()
@@ -86,7 +91,7 @@ class Supervisor:
 
     def _start_worker(self, group: ProcessGroup, runtime_api: str, file: TaskFile) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "fl_app.silo.worker", "--runtime-api", runtime_api]
-        command += ["--task-file", str(file.path)]
+        command += ["--task-file", str(file.path), *self.cluster.arguments()]
         return group.start(WORKER, command, _environment(), inherits_output=True)
 
 

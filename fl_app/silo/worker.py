@@ -23,8 +23,9 @@ from fl_app.flower_internals import (
     join_arrays_at_once,
     message_to_bytes,
 )
-from fl_app.local_training import Workbench
+from fl_app.local_training import Bench, SiloFailure, Workbench
 from fl_app.messages import FORMAT, pack_refusal
+from fl_app.silo.settings import add_cluster_arguments, cluster_of
 from fl_app.silo.task_file import TaskFile
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -44,12 +45,18 @@ def installed_digest() -> str:
     return bundle_digest(installed_bundle(PROJECT, PACKAGES))
 
 
-def work(source: TaskSource, file: TaskFile, answer: Callable[[Message, Context, bytes], Message]) -> None:
+def work(
+    source: TaskSource,
+    file: TaskFile,
+    answer: Callable[[Message, Context, bytes], Message],
+    when_idle: Callable[[], None] = lambda: None,
+) -> None:
     """Takes tasks and answers them, for ever."""
     wait = AdaptiveWait()
     while True:
         task = source.next_task()
         if task is None:
+            when_idle()
             wait.wait()
             continue
         try:
@@ -71,9 +78,9 @@ def _do(task: Task, file: TaskFile, answer: Callable[[Message, Context, bytes], 
         task.close()
 
 
-def checked_app(installed: str) -> Callable[[Message, Context, bytes], Message]:
-    """The ClientApp of the installed code, with a workbench of its own. It refuses to stand in for other code."""
-    app = make_app(Workbench())
+def checked_app(installed: str, workbench: Bench) -> Callable[[Message, Context, bytes], Message]:
+    """The ClientApp of the installed code, on this workbench. It refuses to stand in for other code."""
+    app = make_app(workbench)
     digests: dict[bytes, str] = {}  # of the last bundle
 
     def answer(message: Message, context: Context, bundle: bytes) -> Message:
@@ -98,14 +105,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fl_app.silo.worker", description=__doc__)
     parser.add_argument("--runtime-api", required=True, metavar="HOST:PORT", help="of the SuperNode")
     parser.add_argument("--task-file", required=True, type=Path, help="where the task in hand is noted")
+    add_cluster_arguments(parser)
     options = parser.parse_args(arguments)
-    answer = checked_app(installed_digest())
     file = TaskFile(options.task_file)
     file.clear()
     join_arrays_at_once(FORMAT)
-    print("the worker is ready", flush=True)
-    work(TaskSource(options.runtime_api), file, answer)
-    return 0
+    source, installed = TaskSource(options.runtime_api), installed_digest()
+    if options.num_workers == 1:
+        print("the worker is ready", flush=True)
+        work(source, file, checked_app(installed, Workbench()))
+        return 0
+    from fl_app.silo.cluster import ClusterWorkbench, JobLost
+
+    try:
+        with ClusterWorkbench(cluster_of(options)) as workbench:
+            workbench.start()
+            print("the worker is ready", flush=True)
+            work(source, file, checked_app(installed, workbench), workbench.mend)
+    except (JobLost, SiloFailure) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 if __name__ == "__main__":

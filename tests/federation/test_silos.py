@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -18,9 +16,10 @@ import pytest
 from fl_app.launch import cut_data
 from fl_app.rounds import run_federation
 from shared.experiment import Experiment, experiment_from_flat
-from shared.processes import ProcessGroup, free_ports, wait_until_listening
+from shared.processes import free_ports
 from shared.run_record import RunRecord
 from shared.weights import max_difference
+from tests.federation.consortium import Consortium, a_consortium, finished, lines_until, wait_for_task
 from tests.federation.processes import (
     MARK,
     cleaned_up,
@@ -52,73 +51,14 @@ def experiment(run: Path, **changes: object) -> Experiment:
     return experiment_from_flat({**WINE, "run.directory": str(run), **changes})
 
 
-@dataclass
-class Consortium:
-    """A SuperLink, and the living silos that are connected to it."""
-
-    folder: Path
-    group: ProcessGroup
-    port: int
-    data: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def mark(self) -> str:
-        return str(self.folder)
-
-    def environment(self, **changes: str) -> dict[str, str]:
-        return environment(
-            FLWR_HOME=str(self.folder), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.2", **{MARK: self.mark}, **changes
-        )
-
-    def start_silo(self, name: str, data: str, **changes: str) -> Path:
-        """Starts a silo and waits until its worker is ready; returns its log."""
-        command = [sys.executable, "-m", "fl_app.silo", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
-        log = self.folder / f"{name}.log"
-        self.group.start(name, [*command, "--silo", name, "--data", data], self.environment(**changes), log)
-        assert wait_for(lambda: "the worker is ready" in log.read_text(), 120), log.read_text()
-        return log
-
-    @contextmanager
-    def another_silo(self, name: str, data: str, **changes: str) -> Iterator[Path]:
-        """One that leaves the federation at the end."""
-        log = self.start_silo(name, data, **changes)
-        try:
-            yield log
-        finally:
-            self.group.processes[name].terminate()
-            self.group.processes[name].wait()
-
-    def start_run(self, e: Experiment) -> subprocess.Popen:
-        path = toml_file(Path(e.run_directory).parent, e)
-        command = [BIN / "flwr", "run", ROOT, "here", "--stream", "--run-config", path]
-        return subprocess.Popen(
-            command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def worker(self, name: str) -> int:
-        """The process id of a silo's worker: a grandchild of ours."""
-        silo = self.group.processes[name].pid
-        (worker,) = [p for p in our_processes(self.mark, "fl_app.silo.worker") if p.ppid() == silo]
-        return worker.pid
-
-
 @pytest.fixture(scope="module")
 def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
     folder = tmp_path_factory.mktemp("consortium")
-    (port,) = free_ports(1)
-    (folder / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
-    with ProcessGroup() as group:
-        ours = Consortium(folder, group, port)
-        command = [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--disable-runtime-dependency-installation"]
-        superlink = group.start("superlink", command, ours.environment(), folder / "superlink.log")
-        assert wait_until_listening(port, superlink, 60)
+    with a_consortium(folder) as ours:
         ours.data = cut_data(experiment(folder / "unused"), 2, folder)
         for name, data in ours.data.items():
             ours.start_silo(name, data)
         yield ours
-    for process in our_processes(ours.mark):
-        process.kill()
 
 
 @pytest.fixture
@@ -126,22 +66,6 @@ def starter(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts `python -m MODULE ...`; whatever it leaves behind is ended after the test."""
     with cleaned_up(str(tmp_path)):
         yield functools.partial(start, str(tmp_path))
-
-
-def finished(run: subprocess.Popen, timeout_s: float = 240) -> str:
-    output, _ = run.communicate(timeout=timeout_s)
-    return output
-
-
-def lines_until(process: subprocess.Popen, text: str) -> str:
-    """What the process prints up to the line with this text."""
-    lines: list[str] = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return "".join(lines)
-    raise AssertionError(f"{text!r} was never printed:\n{''.join(lines)}")
 
 
 def test_two_runs_queued_on_one_superlink_each_end_as_if_alone(consortium: Consortium, tmp_path: Path) -> None:
@@ -202,14 +126,6 @@ def test_a_worker_that_is_killed_on_a_task_is_named_at_once_and_replaced(
     assert second["cohort"] == ["silo-0", "silo-1"]
     assert "it is started anew" in log.read_text()
     assert consortium.worker("silo-1") != victim
-
-
-def wait_for_task(worker: int) -> Path:
-    """Waits until a worker has a task in hand, and returns its note of it."""
-    command = psutil.Process(worker).cmdline()
-    file = Path(command[command.index("--task-file") + 1])
-    assert wait_for(lambda: file.exists() and '"message": "' in file.read_text() and len(file.read_text()) > 120, 120)
-    return file
 
 
 def test_a_round_goes_on_without_a_silo_that_never_answers(consortium: Consortium, tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ def main(names: Sequence[str]) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:
         tests = sorted({named_test(patch) for patch in patches})
-        if run_tests(copy_tree(Path(scratch) / "plain"), tests) != 0:
+        done = run_tests(copy_tree(Path(scratch) / "plain"), tests)
+        if done.returncode != 0:
+            print(done.stdout[-5000:], file=sys.stderr)
             print(f"error: without any mistake these must pass, and do not: {' '.join(tests)}", file=sys.stderr)
             return 2
         survivors = [patch.stem for patch in patches if not is_found(patch, Path(scratch) / patch.stem)]
@@ -39,7 +41,7 @@ def is_found(patch: Path, folder: Path) -> bool:
     started = time.monotonic()
     copy = copy_tree(folder)
     subprocess.run(["git", "apply", "--whitespace=nowarn", str(patch)], cwd=copy, check=True)
-    status = run_tests(copy, [named_test(patch)])
+    status = run_tests(copy, [named_test(patch)]).returncode
     shutil.rmtree(copy)
     verdict = "found" if status == TESTS_FAILED else f"NOT FOUND (pytest status {status})"
     print(f"{patch.stem:32} {verdict:32} {time.monotonic() - started:5.0f} s   {named_test(patch)}", flush=True)
@@ -66,10 +68,10 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def run_tests(copy: Path, tests: Sequence[str]) -> int:
+def run_tests(copy: Path, tests: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(copy)}  # the copy's packages, before the installed ones
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False).returncode
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_app import flower_internals
 from fl_app.flower_internals import TaskWithdrawn, installed_bundle
+from fl_app.local_training import Workbench
 from fl_app.messages import unpack_refusal, unpack_silo
 from fl_app.silo import worker
 from fl_app.silo.task_file import TaskFile
@@ -155,7 +156,7 @@ def test_a_worker_answers_for_the_code_that_is_installed_and_refuses_to_stand_in
     ask: Callable[[], tuple[Message, Context]], capsys: pytest.CaptureFixture[str]
 ):
     mine, other = bundle(FILES), bundle(FILES | {"shared/a.py": b"A = 2\n"})
-    answer = checked_app(bundle_digest(mine))
+    answer = checked_app(bundle_digest(mine), Workbench())
     for _ in range(2):  # the bundle changes from one message to the next, and back
         assert unpack_silo(answer(*ask(), bundle(FILES, zipfile.ZIP_DEFLATED)).content).name == "hospital-a"
         refusal = unpack_refusal(answer(*ask(), other).content)
