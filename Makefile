@@ -19,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL   ?= 2
 export FLWR_TELEMETRY_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train federate report test test-mutations bench-distributed bench-scaling bench-federation lint format clean distclean
+.PHONY: help setup demo train federate report test test-mutations bench-distributed bench-scaling bench-federation bench-cluster-silo lint format clean distclean
 
 help: ## list the targets and the variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ bench-scaling: setup ## what ranks cost as the model grows: step, memory, start-
 
 bench-federation: setup ## compare the seconds of a federated round with others' (ARGS="--repetitions 1" for a quick look)
 	$(BIN)/python -m benchmarks.federation $(ARGS)
+
+bench-cluster-silo: setup ## what it gains and costs that a silo is a cluster of two ranks
+	$(BIN)/python -m benchmarks.cluster_silo $(ARGS)
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
