@@ -220,6 +220,9 @@ class MeetingPoint:
         self._server._httpd.server_close()
 
 
+STALLED = ("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")  # for ranks that live but wait for each other; else for ever
+
+
 @contextmanager
 def joined(port: int) -> Iterator[Communicator]:
     """Joins the ranks that meet at this port and leaves them again: who waits must not use a processor.
@@ -227,6 +230,7 @@ def joined(port: int) -> Iterator[Communicator]:
     Horovod's thread looks for tensors every cycle as long as it is there. Only over Gloo: MPI starts once.
     """
     os.environ[MEETING_PORT] = str(port)
+    os.environ.setdefault(*STALLED)
     communicator = HorovodCommunicator().start()
     try:
         yield communicator

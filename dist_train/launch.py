@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge, wait
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,7 @@ __all__ = ["Communicator", "JobLost", "RankJob", "agree", "compile_for_ranks", "
 CALLER = "ARCHIPELAGO_CALLER"  # host:port:key, for the ranks; no host: the launcher's
 START_TIMEOUT_S = 180.0
 SILENT_S, ASK_S = 30.0, 5.0  # a rank that says nothing for so long is lost; how often it is asked
+GREETING_S = 10.0  # for who connects to say who he is
 LOOK_S = 0.2
 GRACE_S = 3.0  # for ranks to end when their caller hangs up
 ARE_YOU_THERE = "are you there?"
@@ -131,7 +133,7 @@ class RankJob:
                     )
                 try:
                     self._greet(server.accept()[0], key.encode())
-                except (TimeoutError, EOFError, OSError):
+                except (TimeoutError, EOFError, OSError, AuthenticationError):
                     continue
 
     def call(self, request: Any, for_root: Any = None) -> Any:
@@ -178,11 +180,15 @@ class RankJob:
     # --- the ranks' side of it
 
     def _greet(self, accepted: socket.socket, key: bytes) -> None:
-        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENT_S), 0))
+        """Takes a rank in. Whoever else calls at this port lacks the key, or keeps silent: an error in good time."""
+        _limit(accepted, socket.SO_SNDTIMEO, SILENT_S)
+        _limit(accepted, socket.SO_RCVTIMEO, GREETING_S)
         connection = Connection(accepted.detach())
         deliver_challenge(connection, key)
         answer_challenge(connection, key)
         hello: Hello = connection.recv()
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+            _limit(same, socket.SO_RCVTIMEO, 0)  # from now on it may be silent between answers
         is_here = hello.host == socket.gethostname() and psutil.pid_exists(hello.pid)
         process = psutil.Process(hello.pid) if is_here else None
         self._ranks[hello.rank] = _Rank(f"rank {hello.rank}", hello.host, connection, process)
@@ -233,6 +239,11 @@ class RankJob:
     def _lost(self, reason: str) -> JobLost:
         self.stop()
         return JobLost(reason)
+
+
+def _limit(connected: socket.socket, which: int, seconds: float) -> None:
+    """How long sending or receiving may take before it is an OSError; 0: for ever."""
+    connected.setsockopt(socket.SOL_SOCKET, which, struct.pack("ll", int(seconds), 0))
 
 
 # --- in each rank

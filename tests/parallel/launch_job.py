@@ -1,0 +1,43 @@
+"""Ranks for test_launch.py: what they do, the request says."""
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from dist_train.launch import Communicator, agree, serve
+
+
+def answer(communicator: Communicator, request: str, for_root: Any) -> Any:
+    what, _, rank = request.partition(" ")
+    if rank and communicator.rank != int(rank):
+        if what in ("end", "stop"):
+            communicator.all_gather_object("waits for a rank that does not come")
+        return None
+    match what:
+        case "sum":
+            (array,) = communicator.broadcast_arrays([for_root if communicator.is_root else np.zeros(3)])
+            return communicator.all_gather_object((communicator.rank, float(array.sum())))
+        case "refuse":
+            return agree(communicator, lambda: refuse(communicator.rank))
+        case "end":
+            os._exit(7)
+        case "fail":
+            raise RuntimeError("a bug")
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "sleep":
+            time.sleep(12)
+            return "awake"
+
+
+def refuse(rank: int) -> None:
+    if rank == 1:
+        raise ValueError("rank 1 does not like it")
+
+
+if __name__ == "__main__":
+    sys.exit(serve(answer))

@@ -1,0 +1,99 @@
+"""The living job of ranks: what it answers, and that it is lost in good time and can be started anew."""
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from dist_train import launch
+from dist_train.launch import JobLost, RankJob
+
+pytestmark = pytest.mark.parallel
+MODULE = "tests.parallel.launch_job"
+
+
+@pytest.fixture(scope="module")
+def job() -> Iterator[RankJob]:
+    with RankJob(MODULE, 2) as ranks:
+        ranks.start()
+        yield ranks
+
+
+@pytest.fixture(autouse=True)
+def running(job: RankJob) -> None:
+    try:
+        job.check()
+    except JobLost:
+        job.start()
+
+
+def pids() -> set[int]:
+    return {p.pid for p in psutil.Process().children(recursive=True) if p.cmdline()[1:] == ["-m", MODULE]}
+
+
+def test_calls_reach_all_ranks_and_what_is_for_the_root_only_that(job: RankJob):
+    before = pids()
+    assert len(before) == 2
+    for factor in (1.0, 2.0, 3.0):
+        found = job.call("sum", factor * np.ones(3))
+        assert found == [(0, 3 * factor), (1, 3 * factor)]
+    assert pids() == before  # the same ranks
+
+
+def test_a_refusal_that_the_ranks_agree_on_is_a_value_error_and_costs_nothing(job: RankJob):
+    before = pids()
+    with pytest.raises(ValueError, match="rank 1 does not like it"):
+        job.call("refuse")
+    assert job.call("sum", np.ones(3)) == [(0, 3.0), (1, 3.0)]
+    assert pids() == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("what", ["end", "fail"])
+def test_a_rank_that_ends_amid_a_call_ends_the_job_at_once(job: RankJob, what: str, rank: int):
+    started = time.monotonic()
+    with pytest.raises(JobLost, match=r"rank [01] has ended|horovodrun ended"):
+        job.call(f"{what} {rank}")
+    assert time.monotonic() - started < 20
+    assert pids() == set()
+    with pytest.raises(JobLost, match="not running"):
+        job.call("sum", np.ones(3))
+    job.start()
+    assert job.call("sum", np.ones(3)) == [(0, 3.0), (1, 3.0)]
+
+
+def test_a_rank_that_hangs_is_told_from_one_that_computes(job: RankJob, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "SILENT_S", 6.0)
+    monkeypatch.setattr(launch, "ASK_S", 2.0)
+    assert job.call("sleep") == "awake"  # for longer than a rank may be silent
+    with pytest.raises(JobLost, match="rank 1 has said nothing for 6 s"):
+        job.call("stop 1")
+    assert pids() == set()
+
+
+def test_a_stranger_at_the_port_is_not_taken_for_a_rank(job: RankJob, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "GREETING_S", 1.0)
+    create, ports = socket.create_server, []
+
+    def create_and_intrude(address: tuple[str, int]) -> socket.socket:
+        server = create(address)
+        ports.append(socket.create_connection(server.getsockname()))  # keeps silent
+        talker = socket.create_connection(server.getsockname())
+        talker.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        ports.append(talker)
+        return server
+
+    monkeypatch.setattr(launch.socket, "create_server", create_and_intrude)
+    job.start()
+    assert job.call("sum", np.ones(3)) == [(0, 3.0), (1, 3.0)]
+    for each in ports:
+        each.close()
+
+
+def test_a_job_that_cannot_be_started_is_told_with_its_end(tmp_path: Path):
+    with RankJob("no.such.module", 2) as ranks, pytest.raises(JobLost, match="horovodrun ended with status"):
+        ranks.start()
