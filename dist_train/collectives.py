@@ -204,10 +204,16 @@ class MeetingPoint:
 
     def start(self) -> int:
         """Returns its port."""
-        from horovod.runner.http.http_server import RendezvousServer
+        from horovod.runner.http.http_server import RendezvousHandler, RendezvousServer
+
+        class KeepsAll(RendezvousHandler):
+            """A rank takes its address back as soon as it has met the others, who may not have read it yet."""
+
+            def do_DELETE(self) -> None:
+                self.send_status_code(200)
 
         self._server = RendezvousServer()
-        port: int = self._server.start()
+        port: int = self._server.start(KeepsAll)
         self.clear()
         return port
 

@@ -133,7 +133,7 @@ class RankJob:
                     )
                 try:
                     self._greet(server.accept()[0], key.encode())
-                except (TimeoutError, EOFError, OSError, AuthenticationError):
+                except (TimeoutError, EOFError, OSError, AuthenticationError, psutil.NoSuchProcess):
                     continue
 
     def call(self, request: Any, for_root: Any = None) -> Any:
@@ -144,9 +144,13 @@ class RankJob:
         """
         self.check()
         self._meeting_point.clear()
-        for number, rank in self._ranks.items():
-            self._send(rank, Call(request, for_root if number == 0 else None, self._port))
-        answers = self._answers()
+        try:
+            for number, rank in self._ranks.items():
+                self._send(rank, Call(request, for_root if number == 0 else None, self._port))
+            answers = self._answers()
+        except BaseException:  # no half of a call may be left to the next one
+            self.stop()
+            raise
         for answer in answers.values():
             if answer.refusal is not None:
                 raise ValueError(answer.refusal)
@@ -171,7 +175,8 @@ class RankJob:
         own = [rank.process for rank in ranks.values() if rank.process]
         _, stubborn = psutil.wait_procs(own, timeout=GRACE_S)
         for process in stubborn:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         if ranks:
             with suppress(subprocess.TimeoutExpired):
                 self._launcher.wait(GRACE_S)  # it notices, and ends without a complaint
@@ -188,22 +193,23 @@ class RankJob:
         answer_challenge(connection, key)
         hello: Hello = connection.recv()
         with socket.socket(fileno=os.dup(connection.fileno())) as same:
-            _limit(same, socket.SO_RCVTIMEO, 0)  # from now on it may be silent between answers
-        is_here = hello.host == socket.gethostname() and psutil.pid_exists(hello.pid)
-        process = psutil.Process(hello.pid) if is_here else None
-        self._ranks[hello.rank] = _Rank(f"rank {hello.rank}", hello.host, connection, process)
+            _limit(same, socket.SO_RCVTIMEO, SILENT_S)  # within an answer
+            _notice_lost_hosts(same)
+        own = {process.pid: process for process in psutil.Process(self._launcher.pid).children(recursive=True)}
+        self._ranks[hello.rank] = _Rank(f"rank {hello.rank}", hello.host, connection, own.get(hello.pid))
 
     def _answers(self) -> dict[int, Answer]:
         answers: dict[int, Answer] = {}
         heard = dict.fromkeys(self._ranks, time.monotonic())
         asked = time.monotonic()
         while len(answers) < self.num_ranks:
-            for number, message in self._receive(timeout_s=1.0):
-                heard[number] = time.monotonic()
-                if isinstance(message, Answer):
-                    answers[number] = message
+            received = self._receive(timeout_s=1.0)
+            answers |= {number: message for number, message in received if isinstance(message, Answer)}
             self._check_launcher()
             now = time.monotonic()
+            has_answer = any(isinstance(message, Answer) for _, message in received)
+            # an answer may be large, and while it is received nobody else is asked or heard
+            heard |= dict.fromkeys(heard if has_answer else (number for number, _ in received), now)
             silent = [number for number, last in heard.items() if number not in answers and now - last > SILENT_S]
             if silent:
                 raise self._lost(f"{self._ranks[silent[0]].name} has said nothing for {SILENT_S:.0f} s")
@@ -246,6 +252,13 @@ def _limit(connected: socket.socket, which: int, seconds: float) -> None:
     connected.setsockopt(socket.SOL_SOCKET, which, struct.pack("ll", int(seconds), 0))
 
 
+def _notice_lost_hosts(connected: socket.socket) -> None:
+    """Makes a connection whose other end is gone without a word an OSError after about half a minute, idle or not."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000)):
+        connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
 # --- in each rank
 
 
@@ -270,6 +283,8 @@ def serve(answer: Callable[[Communicator, Any, Any], Any]) -> None:
     """
     host, port, key = os.environ.pop(CALLER).split(":")
     connection = Client((host or launcher_address(), int(port)), authkey=key.encode())
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        _notice_lost_hosts(same)
     connection.send(Hello(told_rank(), socket.gethostname(), os.getpid()))
     calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
     lock = threading.Lock()

@@ -31,6 +31,8 @@ class Cluster:
             raise ValueError(
                 f"--hosts lists hosts and how many workers each takes, as in h1:2,h2:2; received {self.hosts!r}."
             )
+        if self.num_workers == 1:
+            raise ValueError(f"--hosts is for several workers; received {self.hosts} and one. Set --num-workers.")
         room = sum(int(host.partition(":")[2]) for host in self.hosts.split(","))
         if room < self.num_workers:
             raise ValueError(

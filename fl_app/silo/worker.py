@@ -124,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             work(source, file, checked_app(installed, workbench), workbench.mend)
     except (JobLost, SiloFailure) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    except (ImportError, FileNotFoundError) as error:
+        print(f"error: several workers need Horovod, which make setup builds; {error}", file=sys.stderr, flush=True)
     return 2
 
 

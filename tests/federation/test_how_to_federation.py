@@ -163,7 +163,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 def tell(coordinator: Party, hospitals: list[Party], keys: Party, hospital_with_key: Party) -> Story:
     """Goes through the page: once without keys, with a run, and beside it with keys, up to the connection."""
     superlink, superlink_with_keys = commands("flower-superlink --host")
-    silo, silo_with_key = commands("python -m fl_app.silo")
+    silo, silo_with_key = commands("python -m fl_app.silo --superlink")
     (certificates,), (connection,), (check,) = map(commands, ("openssl req", "[superlink.consortium]", "s_client"))
     (version,), (nodes,), (run,) = map(commands, ("fl_app.silo --version", "flwr supernode list", "flwr run"))
     (report,), (listing,), (log_and_stop,) = map(commands, ("shared.report", "flwr ls", "flwr log"))

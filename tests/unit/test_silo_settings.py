@@ -18,6 +18,7 @@ from fl_app.silo.settings import Cluster, add_cluster_arguments, arguments_from_
         ({"hosts": "h1:2;reboot"}, "--hosts lists hosts"),
         ({"hosts": "-oProxyCommand=x:1"}, "--hosts lists hosts"),
         ({"hosts": "h1:0", "num_workers": 1}, "--hosts lists hosts"),
+        ({"hosts": "h1:2"}, r"for several workers; received h1:2 and one\. Set --num-workers"),
         ({"hosts": "h1:1,h2:2", "num_workers": 4}, r"room for 3, and --num-workers 4\. Lower"),
     ],
 )
