@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
+import tomli_w
 from rich.console import Console
 from rich.table import Table
 
@@ -31,10 +32,9 @@ from benchmarks.workloads import WORKLOADS, examples, keras_model
 from fl_app.silo.cluster import ClusterWorkbench
 from fl_app.silo.settings import Cluster
 from shared.data import load_dataset
-from shared.experiment import Experiment, experiment_from_flat
+from shared.experiment import load_experiment
 from shared.processes import ProcessGroup
 from shared.run_record import read_metrics
-from shared.seeding import rng_for
 
 if TYPE_CHECKING:
     import keras
@@ -76,14 +76,18 @@ def round_seconds(case: str, num_workers: int, num_rounds: int, folder: Path) ->
 
 def idle_cpu_per_rank(folder: Path) -> float:
     """The cores that a rank uses between tasks, after it has done one."""
+    from shared.zoo import build_model  # Keras: here, not while others are timed
+
     settings, data = _tiny(1, folder)
-    settings["run"] = {"directory": str(folder / "run")}
-    experiment = experiment_from_flat(_flat(settings))
+    path = folder / "experiment.toml"
+    path.write_text(tomli_w.dumps(settings), encoding="utf-8")
+    experiment = load_experiment(path)
     schema = load_dataset(experiment.data.model_copy(update={"name": str(data)})).schema
+    weights = build_model(experiment.model, schema, experiment.seed).get_weights()
     with ClusterWorkbench(Cluster(num_workers=2)) as bench:
         bench.start()
         silo = bench.silo({"silo": "one", "data": str(data)}, experiment)
-        bench.train(silo, schema, experiment, _weights(experiment, schema), 1, evaluate=True)
+        bench.train(silo, schema, experiment, weights, 1, evaluate=True)
         ranks = [p for p in psutil.Process().children(recursive=True) if "HOROVOD_RANK" in p.environ()]
         own = [p.pid for p in ranks if p.cmdline()[1:] == ["-m", "fl_app.silo.cluster"]]
         before = {pid: cpu_seconds(pid) for pid in own}
@@ -119,19 +123,6 @@ def _texts(num_rounds: int, folder: Path) -> tuple[dict[str, Any], Path]:
     settings["data"] = {"validation_fraction": 0.0}
     settings["federation"] |= {"local_batch_size": workload.global_batch_size, "evaluate_on_silos": False}
     return settings, data
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
-
-
-def _weights(experiment: Experiment, schema: Schema) -> list[np.ndarray]:
-    rng = rng_for(0, "benchmark")
-    sizes = [(schema.input_shape[0], 64), (64,), (64, schema.num_classes), (schema.num_classes,)]
-    return [rng.normal(scale=0.1, size=size).astype(np.float32) for size in sizes]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -274,3 +274,16 @@ def agree(communicator: Communicator, make: Callable[[], T]) -> T:
     if messages:
         raise AgreedError(messages[0])
     return value
+
+
+def check_same_examples(communicator: Communicator, sha256: str) -> None:
+    """Raises AgreedError if the ranks' training examples have not all this hash.
+
+    Each rank takes its part of the data by position: on hosts with other data, parts would overlap or be missing.
+    """
+    by_rank = communicator.all_gather_object(sha256[:8])
+    if len(set(by_rank)) > 1:
+        raise AgreedError(
+            f"All ranks must load the same training examples; received sets with the hashes {by_rank} by rank. Copy "
+            "the data of one host to the others, or use a shared folder."
+        )

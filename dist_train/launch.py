@@ -33,6 +33,7 @@ from dist_train.collectives import (
     Communicator,
     MeetingPoint,
     agree,
+    check_same_examples,
     joined,
     launcher_address,
     place_on_host,
@@ -41,7 +42,16 @@ from dist_train.collectives import (
 from dist_train.resources import prepare_process, use_own_gpu
 from shared.processes import ProcessGroup, child_environment
 
-__all__ = ["Communicator", "JobLost", "RankJob", "agree", "compile_for_ranks", "prepare_rank", "serve"]
+__all__ = [
+    "Communicator",
+    "JobLost",
+    "RankJob",
+    "agree",
+    "check_same_examples",
+    "compile_for_ranks",
+    "prepare_rank",
+    "serve",
+]
 
 CALLER = "ARCHIPELAGO_CALLER"  # host:port:key, for the ranks; no host: the launcher's
 START_TIMEOUT_S = 180.0
@@ -188,13 +198,13 @@ class RankJob:
         """Takes a rank in. Whoever else calls at this port lacks the key, or keeps silent: an error in good time."""
         _limit(accepted, socket.SO_SNDTIMEO, SILENT_S)
         _limit(accepted, socket.SO_RCVTIMEO, GREETING_S)
+        _notice_lost_hosts(accepted)
         connection = Connection(accepted.detach())
         deliver_challenge(connection, key)
         answer_challenge(connection, key)
         hello: Hello = connection.recv()
         with socket.socket(fileno=os.dup(connection.fileno())) as same:
             _limit(same, socket.SO_RCVTIMEO, SILENT_S)  # within an answer
-            _notice_lost_hosts(same)
         own = {process.pid: process for process in psutil.Process(self._launcher.pid).children(recursive=True)}
         self._ranks[hello.rank] = _Rank(f"rank {hello.rank}", hello.host, connection, own.get(hello.pid))
 

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dist_train.collectives import AgreedError, Communicator, agree
+from dist_train.collectives import Communicator, agree, check_same_examples
 from dist_train.gradients import Aggregation
 from dist_train.keras_horovod import broadcast_variables, bytes_sent, distribute
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -33,7 +33,7 @@ def train(experiment: Experiment, communicator: Communicator, verbose: int = 0) 
     anything that the user can mend, before a step is taken.
     """
     job = agree(communicator, lambda: _build(experiment, communicator))
-    _check_same_data(job)
+    check_same_examples(communicator, job.splits.train.sha256())
     runtime = "horovod" if communicator.world_size > 1 else "single"
     writer: Record = RunRecord(experiment, runtime, step_name="epoch")
     record = communicator.on_root(writer, NullRecord(experiment.run_directory))
@@ -147,16 +147,6 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
     compile_for_ranks(model, experiment, schema, len(batches), communicator)
     model.optimizer.build(model.trainable_variables)
     return _Job(experiment, communicator, splits, batches, model)
-
-
-def _check_same_data(job: _Job) -> None:
-    """Each rank takes its part of the data by position: on hosts with other data, parts would overlap or be missing."""
-    by_rank = job.communicator.all_gather_object(job.splits.train.sha256()[:8])
-    if len(set(by_rank)) > 1:
-        raise AgreedError(
-            f"All ranks must load the same training examples; received sets with the hashes {by_rank} by rank. Copy "
-            "the data of one host to the others, or use a shared folder."
-        )
 
 
 def _fit(job: _Job, record: Record, progress: Progress, verbose: int) -> None:

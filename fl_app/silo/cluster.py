@@ -6,14 +6,23 @@ living `horovodrun` job do the training, data-parallel. This module is also what
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dist_train.launch import Communicator, JobLost, RankJob, agree, compile_for_ranks, prepare_rank, serve
+from dist_train.launch import (
+    Communicator,
+    JobLost,
+    RankJob,
+    agree,
+    check_same_examples,
+    compile_for_ranks,
+    prepare_rank,
+    serve,
+)
 from fl_app.local_training import LocalResult, Ranks, Silo, SiloFailure, Workbench, prepare_trainer
 from fl_app.silo.settings import Cluster
 from shared.data import Schema
@@ -111,7 +120,7 @@ class RankWorkbench:
 
     def __init__(self) -> None:
         self._bench: Workbench | None = None
-        self._digest = lru_cache(maxsize=2)(lambda silo: silo.train.sha256()[:8])
+        self._digest = lru_cache(maxsize=2)(lambda silo: silo.train.sha256())
 
     def answer(self, communicator: Communicator, work: Work, weights: Weights | None) -> LocalResult | None:
         """All ranks together: the task's result on the root."""
@@ -120,8 +129,7 @@ class RankWorkbench:
             self._bench = Workbench(partial(prepare_trainer, make_ranks=lambda: ranks))
         bench = self._bench
         silo = agree(communicator, lambda: bench.silo(work.node_config, work.experiment))
-        digests = communicator.all_gather_object(self._digest(silo))
-        agree(communicator, lambda: _check_same_data(digests))
+        check_same_examples(communicator, self._digest(silo))
         trainer = agree(communicator, lambda: bench.trainer(silo, work.schema, work.experiment))
         weights = communicator.broadcast_arrays(weights if weights is not None else trainer.model.get_weights())
         if work.round_number is None:
@@ -133,15 +141,6 @@ class RankWorkbench:
 
 def _compile(communicator: Communicator, *arguments: Any) -> None:
     compile_for_ranks(*arguments, communicator)
-
-
-def _check_same_data(digests: Sequence[str]) -> None:
-    """Each rank takes its part of the data by position."""
-    if len(set(digests)) > 1:
-        raise ValueError(
-            f"All workers of a silo must load the same examples; received sets with the hashes {digests} by rank. Copy "
-            "the data of one host to the others, or use a shared folder."
-        )
 
 
 def main() -> int:
