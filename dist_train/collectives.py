@@ -6,7 +6,10 @@ object `LocalCommunicator`, so that the code that uses it has one path for 1 to 
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -206,14 +209,20 @@ class MeetingPoint:
         """Returns its port."""
         from horovod.runner.http.http_server import RendezvousHandler, RendezvousServer
 
-        class KeepsAll(RendezvousHandler):
-            """A rank takes its address back as soon as it has met the others, who may not have read it yet."""
-
+        class Host(RendezvousHandler):
             def do_DELETE(self) -> None:
+                """Keeps all: a rank takes its address back when it has met the others, who may not have read it yet."""
                 self.send_status_code(200)
 
+            def _get_value(self, scope: str, key: str) -> bytes | None:
+                """Lets who asks too early wait here: a rank that is told so sleeps for 10 ms, eight times a meeting."""
+                deadline = time.monotonic() + EARLY_S
+                while (value := super()._get_value(scope, key)) is None and time.monotonic() < deadline:
+                    time.sleep(0.0005)
+                return value
+
         self._server = RendezvousServer()
-        port: int = self._server.start(KeepsAll)
+        port: int = self._server.start(Host)
         self.clear()
         return port
 
@@ -226,6 +235,7 @@ class MeetingPoint:
         self._server._httpd.server_close()
 
 
+EARLY_S = 0.1
 STALLED = ("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")  # for ranks that live but wait for each other; else for ever
 
 
@@ -237,7 +247,12 @@ def joined(port: int) -> Iterator[Communicator]:
     """
     os.environ[MEETING_PORT] = str(port)
     os.environ.setdefault(*STALLED)
-    communicator = HorovodCommunicator().start()
+    try:
+        communicator = HorovodCommunicator().start()
+    except ValueError as error:  # what Horovod raises if another rank does not come
+        from horovod.common.exceptions import HorovodInternalError
+
+        raise HorovodInternalError(str(error)) from error
     try:
         yield communicator
     finally:
@@ -252,6 +267,15 @@ def told_rank(environment: Mapping[str, str] = os.environ) -> int:
 def launcher_address(environment: Mapping[str, str] = os.environ) -> str:
     """The launcher's host, as seen from this rank's."""
     return environment[MEETING_ADDRESS]
+
+
+def tells_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether a collective ended with this error because other ranks had ended, and not by a mistake of its own."""
+    import tensorflow as tf
+    from horovod.common.exceptions import HorovodInternalError
+
+    in_graph = isinstance(error, tf.errors.UnknownError) and "Horovod" in str(error)
+    return in_graph or isinstance(error, HorovodInternalError)
 
 
 class AgreedError(ValueError):
@@ -274,6 +298,26 @@ def agree(communicator: Communicator, make: Callable[[], T]) -> T:
     if messages:
         raise AgreedError(messages[0])
     return value
+
+
+def broadcast_unless_equal(communicator: Communicator, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The root's arrays; nothing but hashes travels if all ranks hold the same. They are not copied then.
+
+    Raises AgreedError if the ranks' arrays differ in number, shape or dtype.
+    """
+    layout = [(array.shape, str(array.dtype)) for array in arrays]
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    layouts, digests = zip(*communicator.all_gather_object((layout, digest.digest())), strict=True)
+    for rank, other in enumerate(layouts):
+        if other != layouts[0]:
+            wanted, received = next((a, b) for a, b in itertools.zip_longest(layouts[0], other) if a != b)
+            raise AgreedError(
+                f"All ranks must build the same model; received the array {received} on rank {rank} in the place of "
+                f"{wanted} on rank 0. Install the same code on all hosts; a builder must not depend on its host."
+            )
+    return list(arrays) if len(set(digests)) == 1 else communicator.broadcast_arrays(arrays)
 
 
 def check_same_examples(communicator: Communicator, sha256: str) -> None:

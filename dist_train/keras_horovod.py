@@ -41,7 +41,7 @@ from keras.src import api_export
 from keras.src.saving import object_registration
 
 from dist_train.callbacks import AverageLogs, LearningRateSchedule, LearningRateWarmup, Synchronise
-from dist_train.collectives import Communicator, connect, place_on_host
+from dist_train.collectives import Communicator, broadcast_unless_equal, connect, place_on_host
 from dist_train.gradients import Aggregation, GradientReduction, use_rank_losses
 from dist_train.resources import prepare_process, use_own_gpu
 
@@ -221,7 +221,8 @@ def broadcast_variables(
 ) -> None:
     """Gives every rank the root's model and optimizer variables. Random layers keep their own state on each rank.
 
-    `optimizer` is the compiled one, or that of a loop of one's own.
+    `optimizer` is the compiled one, or that of a loop of one's own. Variables travel only if ranks differ in them.
+    Raises ValueError on all ranks if they have built different models.
     """
     communicator = _given(communicator, "broadcast_variables")
     optimizer = optimizer or model.optimizer
@@ -229,8 +230,9 @@ def broadcast_variables(
         optimizer.build(model.trainable_variables)
     variables = [v for v in (*model.variables, *optimizer.variables) if not _is_random_state(v)]
     arrays = [np.asarray(v) for v in variables]
-    for variable, array in zip(variables, communicator.broadcast_arrays(arrays), strict=True):
-        variable.assign(array)
+    for variable, own, array in zip(variables, arrays, broadcast_unless_equal(communicator, arrays), strict=True):
+        if array is not own:
+            variable.assign(array)
 
 
 def bytes_sent(model: keras.Model) -> int:

@@ -33,10 +33,12 @@ from dist_train.collectives import (
     Communicator,
     MeetingPoint,
     agree,
+    broadcast_unless_equal,
     check_same_examples,
     joined,
     launcher_address,
     place_on_host,
+    tells_of_a_lost_rank,
     told_rank,
 )
 from dist_train.resources import prepare_process, use_own_gpu
@@ -47,6 +49,7 @@ __all__ = [
     "JobLost",
     "RankJob",
     "agree",
+    "broadcast_unless_equal",
     "check_same_examples",
     "compile_for_ranks",
     "prepare_rank",
@@ -88,6 +91,7 @@ class Call:
 class Answer:
     value: Any = None
     refusal: str | None = None  # of all ranks: a mistake of the user
+    failure: str | None = None  # of a rank that ends: to do the same again would fail again
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,9 @@ class RankJob:
     def call(self, request: Any, for_root: Any = None) -> Any:
         """Gives all ranks the request, and the root something more; returns what the root answers.
 
-        Raises ValueError for a mistake of the user that the ranks agree on, and JobLost, after which nothing of the job
-        is left, if a rank or the launcher ends or a rank says nothing for half a minute.
+        Raises ValueError for a mistake of the user that the ranks agree on. After the following nothing of the job is
+        left: ValueError if the work raises an exception on a rank, which tells more on its stderr; JobLost if a rank or
+        the launcher ends or a rank says nothing for half a minute.
         """
         self.check()
         self._meeting_point.clear()
@@ -162,8 +167,10 @@ class RankJob:
             self.stop()
             raise
         for answer in answers.values():
-            if answer.refusal is not None:
-                raise ValueError(answer.refusal)
+            if answer.failure is not None:
+                self.stop()
+            if (wrong := answer.failure or answer.refusal) is not None:
+                raise ValueError(wrong)
         return answers[0].value
 
     def __str__(self) -> str:
@@ -212,7 +219,7 @@ class RankJob:
         answers: dict[int, Answer] = {}
         heard = dict.fromkeys(self._ranks, time.monotonic())
         asked = time.monotonic()
-        while len(answers) < self.num_ranks:
+        while len(answers) < self.num_ranks and not any(answer.failure for answer in answers.values()):
             received = self._receive(timeout_s=1.0)
             answers |= {number: message for number, message in received if isinstance(message, Answer)}
             self._check_launcher()
@@ -232,13 +239,16 @@ class RankJob:
     def _receive(self, timeout_s: float) -> list[tuple[int, Any]]:
         """What the ranks have to say within this time, if anything."""
         by_connection = {rank.connection: (number, rank) for number, rank in self._ranks.items()}
-        received = []
+        received, ended = [], []
         for connection in wait(list(by_connection), timeout_s):
             number, rank = by_connection[connection]  # type: ignore[index]
             try:
                 received.append((number, rank.connection.recv()))
             except (EOFError, OSError):
-                raise self._lost(f"{rank.name} has ended") from None
+                ended.append(rank.name)
+        why = any(isinstance(message, Answer) and message.failure for _, message in received)
+        if ended and not why:
+            raise self._lost(f"{ended[0]} has ended")
         return received
 
     def _send(self, rank: _Rank, message: Any) -> None:
@@ -289,7 +299,7 @@ def compile_for_ranks(*arguments: Any) -> None:
 def serve(answer: Callable[[Communicator, Any, Any], Any]) -> None:
     """Answers the caller's calls by `answer(communicator, request, for_root)`, for ever; all ranks do so together.
 
-    An AgreedError is a refusal, which the caller gets; any other exception ends this process and so the job.
+    An AgreedError is a refusal, which the caller gets; any other exception of `answer` too, but it ends the job.
     """
     host, port, key = os.environ.pop(CALLER).split(":")
     connection = Client((host or launcher_address(), int(port)), authkey=key.encode())
@@ -298,6 +308,10 @@ def serve(answer: Callable[[Communicator, Any, Any], Any]) -> None:
     connection.send(Hello(told_rank(), socket.gethostname(), os.getpid()))
     calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
     lock = threading.Lock()
+
+    def send(message: Any) -> None:
+        with lock:
+            connection.send(message)
 
     def listen() -> None:
         """Also while a call is worked on: this tells a rank that computes from one that hangs."""
@@ -309,24 +323,31 @@ def serve(answer: Callable[[Communicator, Any, Any], Any]) -> None:
             if isinstance(message, Call):
                 calls.put(message)
             else:
-                with lock:
-                    connection.send("here")
+                send("here")
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
-        reply = _reply(calls.get(), answer)
-        with lock:
-            connection.send(reply)
-        del reply
+        send(_reply(calls.get(), answer, send))
 
 
-def _reply(call: Call, answer: Callable[[Communicator, Any, Any], Any]) -> Answer:
+def _reply(call: Call, answer: Callable[[Communicator, Any, Any], Any], send: Callable[[Answer], None]) -> Answer:
     try:
         with joined(call.port) as communicator:
-            return Answer(answer(communicator, call.request, call.for_root))
+            try:
+                return Answer(answer(communicator, call.request, call.for_root))
+            except Exception as error:
+                if isinstance(error, AgreedError) or tells_of_a_lost_rank(error):
+                    raise
+                _print_trace()  # and send, before the others, who wait for this rank, fail for its sake
+                send(Answer(failure=f"rank {communicator.rank} failed with {type(error).__name__}; its lines say why"))
+                os._exit(1)
     except AgreedError as error:
         return Answer(refusal=str(error))
     except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
+        _print_trace()
         os._exit(1)  # what is left of Horovod might wait for ranks that are gone
+
+
+def _print_trace() -> None:
+    traceback.print_exc()
+    sys.stderr.flush()

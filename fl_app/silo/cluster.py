@@ -18,6 +18,7 @@ from dist_train.launch import (
     JobLost,
     RankJob,
     agree,
+    broadcast_unless_equal,
     check_same_examples,
     compile_for_ranks,
     prepare_rank,
@@ -48,7 +49,7 @@ class ClusterWorkbench:
 
     If a rank is lost within a task, the job is started anew and the task done again from the same weights, which ends
     as if nothing had happened; with on_loss = "drop" the task fails, and only the next one has the new ranks. Raises
-    SiloFailure with the reason where a task cannot be done.
+    SiloFailure with the reason where a task cannot be done, and ValueError where it is refused or fails by itself.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -130,8 +131,9 @@ class RankWorkbench:
         bench = self._bench
         silo = agree(communicator, lambda: bench.silo(work.node_config, work.experiment))
         check_same_examples(communicator, self._digest(silo))
-        trainer = agree(communicator, lambda: bench.trainer(silo, work.schema, work.experiment))
-        weights = communicator.broadcast_arrays(weights if weights is not None else trainer.model.get_weights())
+        model = agree(communicator, lambda: bench.trainer(silo, work.schema, work.experiment)).model
+        agree(communicator, lambda: None if weights is None else model.set_weights(weights))  # refuses other shapes
+        weights = broadcast_unless_equal(communicator, model.get_weights())
         if work.round_number is None:
             result = bench.evaluate(silo, work.schema, work.experiment, weights)
         else:

@@ -19,6 +19,7 @@ NODE, WORKER = "SuperNode", "worker"
 START_TIMEOUT_S = 120.0
 LOOK_S = 0.2  # between looks at the processes
 MAX_IDLE_DEATHS = 3  # of the worker in a row, without a task that would explain them
+HEALTHY_S = 600.0  # a worker that has lived for so long starts the row anew
 SETTINGS = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
@@ -58,16 +59,16 @@ class Supervisor:
     def _attend(self, group: ProcessGroup, node: "subprocess.Popen[bytes]", runtime_api: str) -> int:
         """Replaces the worker whenever it dies, until the SuperNode ends; returns how that ended."""
         file, idle_deaths = TaskFile(self.scratch / "task.json"), 0
-        worker = self._start_worker(group, runtime_api, file)
+        worker, born = self._start_worker(group, runtime_api, file), time.monotonic()
         while node.poll() is None:
             if worker.poll() is not None:
                 ended = _how_it_ended(worker.returncode)
-                idle_deaths = 0 if file.read() else idle_deaths + 1
+                idle_deaths = 0 if file.read() or time.monotonic() - born > HEALTHY_S else idle_deaths + 1
                 if idle_deaths == MAX_IDLE_DEATHS:
                     raise SiloError(f"the worker of silo {self.silo} {ended}, {idle_deaths} times in a row.")
                 _warn(f"the worker of silo {self.silo} {ended}; it is started anew")
                 _answer_for_the_dead(file, runtime_api, f"the silo's worker {ended} while it did this task")
-                worker = self._start_worker(group, runtime_api, file)
+                worker, born = self._start_worker(group, runtime_api, file), time.monotonic()
             time.sleep(LOOK_S)
         return node.returncode
 

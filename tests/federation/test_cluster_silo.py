@@ -7,19 +7,25 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import keras
 import psutil
 import pytest
 
 from fl_app.launch import cut_data
+from fl_app.local_training import Workbench
 from fl_app.rounds import run_federation
+from fl_app.silo.cluster import ClusterWorkbench
+from fl_app.silo.settings import Cluster
+from shared.data import Schema, load_dataset
 from shared.experiment import Experiment, experiment_from_flat
 from shared.processes import free_ports
 from shared.run_record import RunRecord
 from shared.weights import max_difference
+from shared.zoo import build_model
 from tests.federation.consortium import Consortium, a_consortium, finished, lines_until, wait_for_task
 from tests.federation.processes import cleaned_up, final_weights, our_processes, rows, start, toml_file, wait_for
 from tests.local_exchange import LocalExchange
-from tests.parallel.launching import BIN
+from tests.parallel.launching import BIN, run_ranks
 
 pytestmark = pytest.mark.federation
 
@@ -74,6 +80,70 @@ def test_law_3_silos_of_two_ranks_end_where_silos_of_one_process_do(starter, tmp
     for mine, reference in zip(rows(tmp_path / "ranks"), rows(tmp_path / "here"), strict=True):
         for split in ("train", "validation", "test"):
             assert mine.get(split) == pytest.approx(reference.get(split), abs=1e-4)
+
+
+FULL_BATCH = {"data.validation_fraction": 0.0, "federation.local_batch_size": 0, "federation.local_epochs": 1}
+CENTRAL = {"training.epochs": 5, "training.global_batch_size": 1000, "data.validation_fraction": 0.0}
+FED_MOMENTUM = {"server_optimizer.name": "fedavgm", "server_optimizer.momentum": 0.9}
+EQUIVALENTS = {  # how many silos, what they do, and which central training that is
+    "momentum": (2, FED_MOMENTUM, {"optimizer.momentum": 0.9}),
+    # the mean of several silos' Adam steps is no Adam step: this one has all the data
+    "adam": (1, {**OPTIMIZERS["adam"], "federation.local_epochs": 5, "federation.num_rounds": 1}, OPTIMIZERS["adam"]),
+}
+
+
+@pytest.mark.parametrize("optimizer", EQUIVALENTS)
+def test_clusters_that_take_full_batch_steps_end_where_central_training_does(
+    starter, tmp_path: Path, optimizer: str
+) -> None:
+    num_silos, federated, central = EQUIVALENTS[optimizer]
+    sgd = {"optimizer.name": "sgd", "optimizer.learning_rate": 0.05}
+    e = experiment(tmp_path / "ranks", **{**sgd, **FULL_BATCH, **federated})
+    run = starter("fl_app.launch", toml_file(tmp_path, e), "--silos", num_silos, "--num-workers", 2)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    (tmp_path / "c").mkdir()
+    c = experiment(tmp_path / "central", **{**sgd, **CENTRAL, **central})
+    done = run_ranks(1, "-m", "dist_train", toml_file(tmp_path / "c", c))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert max_difference(final_weights(tmp_path / "ranks"), final_weights(tmp_path / "central")) <= 1e-5
+    start = build_model(e.model, load_dataset(e.data).schema, e.seed).get_weights()
+    assert max_difference(final_weights(tmp_path / "ranks"), start) > 0.02  # it went somewhere
+
+
+# --- tasks that cannot be done
+
+
+def test_work_that_fails_by_itself_is_refused_once_and_the_next_task_is_done(tmp_path: Path, capfd) -> None:
+    e = experiment(tmp_path / "run", **OPTIMIZERS["adam"])
+    narrow = experiment(tmp_path / "run", **{**OPTIMIZERS["adam"], "model.name": NARROW})
+    schema = load_dataset(e.data).schema
+    node = {"silo": "one", "data": "wine", "allow": NARROW}
+    with ClusterWorkbench(Cluster(num_workers=2)) as bench:
+        bench.start()
+        weights = build_model(narrow.model, schema, e.seed).get_weights()
+        with pytest.raises(ValueError, match=r"rank [01] failed with InvalidArgumentError"):
+            bench.train(bench.silo(node, narrow), schema, narrow, weights, 1, evaluate=False)
+        assert "started anew" not in capfd.readouterr().err
+        weights = build_model(e.model, schema, e.seed).get_weights()
+        result = bench.train(bench.silo(node, e), schema, e, weights, 1, evaluate=True)
+        reference = Workbench().train(bench.silo(node, e), schema, e, weights, 1, evaluate=True)
+        assert max_difference(result.update, reference.update) <= 1e-5
+        capfd.readouterr()
+        with pytest.raises(ValueError, match="shape"):
+            bench.train(bench.silo(node, e), schema, e, [w[..., :1] for w in weights], 2, evaluate=True)
+        bench.evaluate(bench.silo(node, e), schema, e, weights)
+        assert "started anew" not in capfd.readouterr().err  # the ranks are still the same
+
+
+def narrow_vocabulary(schema: Schema) -> keras.Model:
+    """Fails in training: its embedding has a place for fewer numbers than the data has."""
+    inputs = keras.Input(schema.input_shape)
+    vectors = keras.layers.Embedding(2, 3)(inputs)
+    return keras.Model(inputs, keras.layers.Dense(schema.num_classes)(keras.layers.Flatten()(vectors)))
+
+
+NARROW = f"{__name__}:{narrow_vocabulary.__name__}"
 
 
 # --- next to a plain silo, and killed

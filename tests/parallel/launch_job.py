@@ -7,14 +7,15 @@ import time
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
-from dist_train.launch import Communicator, agree, serve
+from dist_train.launch import Communicator, agree, broadcast_unless_equal, serve
 
 
 def answer(communicator: Communicator, request: str, for_root: Any) -> Any:
     what, _, rank = request.partition(" ")
     if rank and communicator.rank != int(rank):
-        if what in ("end", "stop"):
+        if what in ("end", "stop", "fail"):
             communicator.all_gather_object("waits for a rank that does not come")
         return None
     match what:
@@ -23,10 +24,12 @@ def answer(communicator: Communicator, request: str, for_root: Any) -> Any:
             return communicator.all_gather_object((communicator.rank, float(array.sum())))
         case "refuse":
             return agree(communicator, lambda: refuse(communicator.rank))
+        case "mismatch":
+            return broadcast_unless_equal(communicator, [np.zeros(2 + communicator.rank)])
         case "end":
             os._exit(7)
         case "fail":
-            raise RuntimeError("a bug")
+            tf.gather(tf.zeros(3), 7).numpy()
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "sleep":

@@ -53,17 +53,40 @@ def test_a_refusal_that_the_ranks_agree_on_is_a_value_error_and_costs_nothing(jo
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("what", ["end", "fail"])
-def test_a_rank_that_ends_amid_a_call_ends_the_job_at_once(job: RankJob, what: str, rank: int):
+def test_a_rank_that_ends_amid_a_call_ends_the_job_at_once(job: RankJob, rank: int):
     started = time.monotonic()
     with pytest.raises(JobLost, match=r"rank [01] has ended|horovodrun ended"):
-        job.call(f"{what} {rank}")
+        job.call(f"end {rank}")
     assert time.monotonic() - started < 20
     assert pids() == set()
     with pytest.raises(JobLost, match="not running"):
         job.call("sum", np.ones(3))
     job.start()
     assert job.call("sum", np.ones(3)) == [(0, 3.0), (1, 3.0)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_work_that_fails_on_a_rank_is_told_from_a_lost_rank(job: RankJob, rank: int):
+    """Also where others wait for that rank in a collective, and fail for its sake."""
+    for _ in range(3):
+        with pytest.raises(ValueError, match=f"rank {rank} failed with InvalidArgumentError"):
+            job.call(f"fail {rank}")
+        assert pids() == set()
+        job.start()
+
+
+def test_ranks_with_other_arrays_are_refused_before_these_travel(job: RankJob):
+    before = pids()
+    with pytest.raises(ValueError, match=r"same model.*\(3,\), 'float64'.*on rank 1 in the place of.*\(2,\)"):
+        job.call("mismatch")
+    assert pids() == before
+
+
+def test_four_ranks_find_each_other_again_and_again():
+    with RankJob(MODULE, 4) as ranks:
+        ranks.start()
+        for factor in range(12):
+            assert ranks.call("sum", factor * np.ones(3)) == [(rank, 3.0 * factor) for rank in range(4)]
 
 
 def test_a_rank_that_hangs_is_told_from_one_that_computes(job: RankJob, monkeypatch: pytest.MonkeyPatch):

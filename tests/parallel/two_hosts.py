@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 from shared.processes import ProcessGroup
 
 ADDRESSES = {"h0": "192.0.2.1", "h1": "192.0.2.2"}  # for documentation only (RFC 5737): nobody's
@@ -45,6 +47,7 @@ class TwoHosts:
 
     def __init__(self, folder: Path, own_folder: Path) -> None:
         self.folder, self.own_folder = folder, own_folder
+        self.log = folder / "h0.log"  # what the last script has printed
         self.namespaces = {host: f"archipelago-{os.getpid()}-{host}" for host in ADDRESSES}
 
     def __enter__(self) -> Self:
@@ -75,15 +78,14 @@ class TwoHosts:
 
     def run_on_h0(self, script: str, cwd: Path, environment: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
         """Runs a bash script on h0 and returns its exit status and what it printed. Raises TimeoutError."""
-        log = self.folder / "h0.log"
         bash = f"cd {shlex.quote(str(cwd))} && exec bash -e -c {shlex.quote(script)}"
-        process = self.processes.start("h0", self._on("h0", bash), environment, log)
+        process = self.processes.start("h0", self._on("h0", bash), environment, self.log)
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
-            printed = log.read_text(errors="replace")
+            printed = self.log.read_text(errors="replace")
             raise TimeoutError(f"not done after {timeout_s:g} s: {script}It printed: {printed[-3000:]}") from error
-        return status, log.read_text(errors="replace")
+        return status, self.log.read_text(errors="replace")
 
     def bytes_through_the_cable(self) -> tuple[int, int]:
         """Bytes that h1 has received and sent."""
@@ -94,6 +96,18 @@ class TwoHosts:
         """What lies in h1's own folder."""
         as_h1_sees_it = Path(f"/proc/{self.processes.processes['sshd'].pid}/root{self.own_folder}")
         return sorted(path.name for path in as_h1_sees_it.iterdir())
+
+    def unplug(self) -> None:
+        """Pulls the cable, for good."""
+        run("ip", "-n", self.namespaces["h0"], "link", "set", "eth0", "down")
+
+    def commands_on_h1(self, word: str) -> list[str]:
+        """The commands of the processes there that hold this word."""
+        pids = run("ip", "netns", "pids", self.namespaces["h1"]).split()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            commands = [" ".join(psutil.Process(int(pid)).cmdline()) for pid in pids]
+            return [command for command in commands if word in command]
+        return self.commands_on_h1(word)
 
     def _on(self, host: str, script: str) -> list[str]:
         """A command that runs a shell script on a host: in its network, with its name and its /etc."""
