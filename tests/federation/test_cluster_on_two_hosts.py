@@ -19,7 +19,7 @@ from tests.parallel.two_hosts import SYSTEM_PATH, NoHosts, TwoHosts
 
 pytestmark = pytest.mark.federation
 SETTINGS = {
-    "name": "two hosts",
+    "name": "two-hosts",
     "data.name": "wine",
     "model.name": "mlp",
     "optimizer.name": "adam",
@@ -29,13 +29,14 @@ SETTINGS = {
 }
 # The coordinator is reached through h0's own loopback interface: h1 cannot see it.
 COORDINATOR = "127.0.0.1:9092"
+RANK = "fl_app.silo.cluster"  # in its command
 FEDERATION = f"""
 flower-superlink --insecure --host 127.0.0.1 --port 9092 --disable-runtime-dependency-installation >superlink.log 2>&1 &
 python -m fl_app.silo --insecure --superlink {COORDINATOR} --silo one --data wine \
     --num-workers 2 --hosts h0:1,h1:1 >silo.log 2>&1 &
 timeout 120 sh -c 'until grep -q "the worker is ready" silo.log; do sleep 0.2; done' || {{ cat silo.log; exit 3; }}
 flwr run {ROOT} here --stream --run-config experiment.toml || true
-kill %2; wait %2 || true
+kill -KILL %2; wait %2 || true
 """
 
 
@@ -70,6 +71,7 @@ def test_a_silo_on_two_hosts_ends_where_one_process_does(hosts: TwoHosts, tmp_pa
     assert [row["cohort"] for row in rows(tmp_path / "run") if "cohort" in row] == [["one"]] * 3, output
     assert max_difference(final_weights(tmp_path / "run"), final_weights(tmp_path / "here")) <= 1e-5
     assert min(hosts.bytes_through_the_cable()) > 10_000
+    assert wait_for(lambda: not hosts.commands_on_h1(RANK), 30), hosts.commands_on_h1("")  # the silo was killed
 
 
 def test_a_host_that_is_gone_amid_a_task_is_told_to_the_server(hosts: TwoHosts, tmp_path: Path) -> None:
@@ -88,4 +90,4 @@ def test_a_host_that_is_gone_amid_a_task_is_told_to_the_server(hosts: TwoHosts, 
     assert "its cluster cannot be started: horovodrun ended with status" in output, output
     assert "has said nothing for 30 s" in (tmp_path / "silo.log").read_text()
     assert time.monotonic() - started < 200
-    assert wait_for(lambda: not hosts.commands_on_h1("fl_app.silo.cluster"), 60), hosts.commands_on_h1("")
+    assert wait_for(lambda: not hosts.commands_on_h1(RANK), 60), hosts.commands_on_h1("")
