@@ -80,7 +80,7 @@ def unpack_refusal(content: RecordDict) -> str | None:
 
 def strategy_config(schema: Schema) -> ConfigRecord:
     """What a strategy sends along with the weights. It adds "server-round"."""
-    return ConfigRecord({"input_shape": list(schema.input_shape), "num_classes": schema.num_classes})
+    return ConfigRecord({"schema": json.dumps(_schema_to_json(schema))})
 
 
 def strategy_arrays(weights: Weights) -> ArrayRecord:
@@ -94,12 +94,13 @@ def is_of_strategy(content: RecordDict) -> bool:
 def unpack_strategy_task(content: RecordDict) -> tuple[Schema, Weights, int]:
     """(schema, weights, round). Raises ValueError for settings that a silo would have to follow and does not know."""
     config: Mapping[str, Any] = content.config_records["config"]
-    unknown = sorted(set(config) - {"server-round", "input_shape", "num_classes"})
+    unknown = sorted(set(config) - {"server-round", "schema"})
     if unknown:
         raise ValueError(
             f"The strategy asks for {', '.join(unknown)}, which silos do not know. Choose another strategy."
         )
-    schema = Schema(tuple(config["input_shape"]), config["num_classes"])
+    with _understood("a task of a strategy"):
+        schema = _schema_from_json(json.loads(config["schema"]))
     return schema, content.array_records["arrays"].to_numpy_ndarrays(), config["server-round"]
 
 
@@ -162,12 +163,16 @@ def _plain_dtype(name: str) -> np.dtype:
 
 
 def _schema_to_json(schema: Schema) -> list[Any]:
-    return [list(schema.input_shape), schema.num_classes]
+    return [list(schema.input_shape), schema.num_classes, schema.vocabulary_size, list(schema.target_shape)]
 
 
 def _schema_from_json(value: Sequence[Any]) -> Schema:
-    input_shape, num_classes = value
-    return Schema(tuple(int(size) for size in input_shape), int(num_classes))
+    input_shape, num_classes, vocabulary_size, target_shape = value
+    return Schema(_shape(input_shape), int(num_classes), int(vocabulary_size), _shape(target_shape))
+
+
+def _shape(sizes: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(size) for size in sizes)
 
 
 @contextmanager

@@ -272,15 +272,14 @@ def common_schema(silos: list[SiloEntry], test: Dataset | None) -> Schema:
     schemas = {f"silo {entry.name!r}": entry.schema for entry in silos}
     if test is not None:
         schemas["the server's test data"] = test.schema
-    kinds = {(s.input_shape, s.task) for s in schemas.values()}
+    kinds = {replace(schema, num_classes=0 if schema.task == "regression" else 1) for schema in schemas.values()}
     if len(kinds) > 1:
-        found = "; ".join(f"{who}: {s.task} on examples of {s.input_shape}" for who, s in sorted(schemas.items()))
+        found = "; ".join(f"{who}: {schema}" for who, schema in sorted(schemas.items()))
         raise ValueError(
             f"All parties must hold the same kind of examples; received {found}. Give every silo the same columns; "
             "if the server's data is another, set federation.evaluate_on_server = false."
         )
-    ((input_shape, _),) = kinds
-    return Schema(input_shape, max(s.num_classes for s in schemas.values()))
+    return replace(kinds.pop(), num_classes=max(s.num_classes for s in schemas.values()))
 
 
 def _timing(total: float, computed: float, transferred: float) -> dict[str, float]:

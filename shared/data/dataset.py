@@ -13,11 +13,23 @@ from shared.seeding import rng_for
 class Schema:
     """What a model must know of the data: the shape of one example and the kind of target.
 
-    `num_classes` is 0 for regression.
+    `num_classes` is 0 for regression. `vocabulary_size`: examples are ids below it; 0: they are numbers.
+    `target_shape`: () for one class or number per example, (T,) for one at each of T places, and so on.
     """
 
     input_shape: tuple[int, ...]
     num_classes: int
+    vocabulary_size: int = 0
+    target_shape: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        ids = f", ids below {self.vocabulary_size}," if self.vocabulary_size else ""
+        targets = f" with targets of {self.target_shape}" if self.target_shape else ""
+        return f"{self.task} on examples of {self.input_shape}{ids}{targets}".rstrip(",")
+
+    @property
+    def input_dtype(self) -> Literal["int32", "float32"]:
+        return "int32" if self.vocabulary_size else "float32"
 
     @property
     def task(self) -> Literal["classification", "regression"]:
@@ -32,21 +44,22 @@ class Schema:
 class Dataset:
     """Examples in memory.
 
-    x: float32, shape (n, *input_shape). y: int32 class ids or float32 numbers, shape (n,).
-    sample_weight: float32 of shape (n,), or None for equal weights.
+    x: float32, or int32 ids if there is a vocabulary, shape (n, *input_shape). y: int32 class ids or float32 numbers,
+    shape (n, *target_shape). sample_weight: float32 of shape (n,), or None for equal weights.
     """
 
     x: np.ndarray
     y: np.ndarray
     num_classes: int
     sample_weight: np.ndarray | None = None
+    vocabulary_size: int = 0
 
     def __len__(self) -> int:
         return len(self.x)
 
     @property
     def schema(self) -> Schema:
-        return Schema(self.x.shape[1:], self.num_classes)
+        return Schema(self.x.shape[1:], self.num_classes, self.vocabulary_size, self.y.shape[1:])
 
     def sha256(self) -> str:
         """Of the examples in their order: equal for equal data."""

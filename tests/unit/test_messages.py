@@ -215,8 +215,8 @@ def test_a_message_that_was_cut_is_refused_wherever_it_was_cut():
 
 
 HEADERS = {
-    "task": (unpack_task, {"schema": [[13], 3], "round": 7, "evaluate": True}),
-    "silo": (unpack_silo, {"silo": "a", "num_examples": 12, "schema": [[13], 3]}),
+    "task": (unpack_task, {"schema": [[13], 3, 0, []], "round": 7, "evaluate": True}),
+    "silo": (unpack_silo, {"silo": "a", "num_examples": 12, "schema": [[13], 3, 0, []]}),
     "result": (
         unpack_result,
         {"num_examples": 12, "num_validation": 3, "train": {"loss": 0.5}, "validation": {}, "seconds": 0.5},
