@@ -14,7 +14,7 @@ from dist_train.collectives import Communicator, agree, check_same_examples
 from dist_train.gradients import Aggregation
 from dist_train.keras_horovod import broadcast_variables, bytes_sent, distribute
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from shared.data import Dataset, Schema, Splits, load_dataset, shard, split
+from shared.data import Dataset, Schema, Splits, load_examples, shard, split
 from shared.experiment import Experiment
 from shared.run_record import CHECKPOINT, NullRecord, Record, RunRecord
 from shared.training import EpochBatches, LearningRate, batch_slices, compile_model, evaluate, fit_epochs
@@ -132,7 +132,7 @@ class _Job:
 def _build(experiment: Experiment, communicator: Communicator) -> _Job:
     """Everything that a user's mistake can break."""
     data = experiment.data
-    splits = split(load_dataset(data), experiment.seed, data.test_fraction, data.validation_fraction)
+    splits = split(load_examples(data), data, experiment.seed)
     watches = experiment.training.early_stopping_patience > 0 or experiment.training.restore_best
     if watches and len(splits.validation) == 0:
         raise ValueError(
@@ -142,9 +142,8 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
     rank, world_size = communicator.rank, communicator.world_size
     batch_size = global_batch_size(experiment, world_size, len(splits.train))
     batches = EpochBatches(splits.train, batch_size, experiment.seed, rank=rank, world_size=world_size)
-    schema = splits.train.schema
-    model = build_model(experiment.model, schema, experiment.seed)
-    compile_for_ranks(model, experiment, schema, len(batches), communicator)
+    model = build_model(experiment.model, splits.schema, experiment.seed)
+    compile_for_ranks(model, experiment, splits.schema, len(batches), communicator)
     model.optimizer.build(model.trainable_variables)
     return _Job(experiment, communicator, splits, batches, model)
 
@@ -246,9 +245,8 @@ def _read_state(path: Path, job: _Job) -> dict[str, Any]:
 def _finish(job: _Job, record: Record, progress: Progress) -> dict[str, Any]:
     if job.experiment.training.restore_best and progress.best_epoch:
         job.model.set_weights(_best_weights(job, record))
-    metrics = {
-        name: evaluate(job.model, job.my_part(dataset)) for name, dataset in vars(job.splits).items() if len(dataset)
-    }
+    splits = {name: getattr(job.splits, name) for name in ("train", "validation", "test")}
+    metrics = {name: evaluate(job.model, job.my_part(dataset)) for name, dataset in splits.items() if len(dataset)}
     result = {
         "world_size": job.communicator.world_size,
         "metrics": metrics,
@@ -256,7 +254,7 @@ def _finish(job: _Job, record: Record, progress: Progress) -> dict[str, Any]:
         "best_epoch": progress.best_epoch,  # 0: no validation examples to tell
         "bytes_sent": progress.bytes_sent,
     }
-    record.finish(job.model, result)
+    record.finish(job.model, job.splits.schema, result)
     return result
 
 

@@ -24,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from fl_app.silo.settings import ONE_WORKER, Cluster
 from shared.command_line import add_experiment_arguments, experiment_from_arguments
-from shared.data import load_dataset, split_pool
-from shared.data.sources import save_npz
+from shared.data import load_examples, split_pool
+from shared.data.sources import save_examples
 from shared.experiment import Experiment, experiment_from_flat
 from shared.processes import (
     ProcessGroup,
@@ -137,12 +137,10 @@ def cut_data(experiment: Experiment, num_silos: int, folder: Path) -> dict[str, 
     """Cuts the experiment's data, less the test split, into the silos' files: {silo: path}."""
     from shared.data.partition import partition  # seconds to import: flwr-datasets brings pandas, pyarrow, seaborn
 
-    pool, _ = split_pool(load_dataset(experiment.data), experiment.seed, experiment.data.test_fraction)
+    pool, _ = split_pool(load_examples(experiment.data), experiment.seed, experiment.data.test_fraction)
     silos = {}
     for i, part in enumerate(partition(experiment.partition, pool, num_silos, experiment.seed)):
-        path = folder / f"silo-{i}.npz"
-        save_npz(path, part)
-        silos[f"silo-{i}"] = str(path)
+        silos[f"silo-{i}"] = str(save_examples(folder / f"silo-{i}", part))
     return silos
 
 

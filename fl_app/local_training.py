@@ -2,15 +2,15 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from shared.data import Dataset, Schema, load_dataset, shard
-from shared.data.dataset import split_validation
+from shared.data import Dataset, Schema, Table, encode, fit_schema, load_examples, shard, weigh_classes
+from shared.data.splits import split_validation
 from shared.experiment import Experiment
 from shared.weights import Weights, subtract
 
@@ -23,15 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Silo:
-    """A participant: its name, which is its identity, and its examples."""
+    """A participant: its name, which is its identity, its examples, and what its training examples say of the data."""
 
     name: str
-    train: Dataset
-    validation: Dataset
-
-    @property
-    def schema(self) -> Schema:
-        return self.train.schema
+    train: Table | Dataset
+    validation: Table | Dataset
+    schema: Schema
 
 
 @dataclass(frozen=True)
@@ -81,13 +78,18 @@ def check_node_config(node_config: Mapping[str, Any], experiment: Experiment) ->
 
 def load_silo(name: str, source: str, experiment: Experiment) -> Silo:
     """Loads a silo's data, a path or the name of a built-in set. Raises ValueError if it cannot be used."""
-    dataset = load_dataset(experiment.data.model_copy(update={"name": source}))
-    train, validation = split_validation(dataset, experiment.seed, experiment.data.validation_fraction, owner=name)
+    return make_silo(name, load_examples(experiment.data.model_copy(update={"name": source})), experiment)
+
+
+def make_silo(name: str, examples: Table | Dataset, experiment: Experiment) -> Silo:
+    """A silo of these examples, some of which it holds out. Raises ValueError if none are left to train on."""
+    config = experiment.data
+    train, validation = split_validation(examples, experiment.seed, config.validation_fraction, owner=name)
     if len(train) == 0:
         raise ValueError(
-            f"Silo {name!r} has no training examples: {len(dataset)} in all. Lower data.validation_fraction."
+            f"Silo {name!r} has no training examples: {len(examples)} in all. Lower data.validation_fraction."
         )
-    return Silo(name, train, validation)
+    return Silo(name, train, validation, fit_schema(train, config))
 
 
 class SiloFailure(Exception):
@@ -159,24 +161,24 @@ class LocalTrainer:
 def prepare_trainer(
     silo: Silo, schema: Schema, experiment: Experiment, make_ranks: Callable[[], Ranks] = alone
 ) -> LocalTrainer:
-    """Compiles the experiment's model for a silo, with the federation's classes, of which its data may lack some."""
+    """Compiles the experiment's model for a silo, whose examples the federation's schema makes into inputs."""
     from shared.training import EpochBatches, evaluation_batches  # Keras
     from shared.zoo import build_model
 
     ranks = make_ranks()
     rank, world_size = ranks.rank, ranks.world_size
-    train = replace(silo.train, num_classes=schema.num_classes)
-    seen = replace(silo, train=train, validation=replace(silo.validation, num_classes=schema.num_classes))
+    train = weigh_classes(encode(silo.train, schema), schema)
+    seen = encode(silo.validation, schema)
     config = experiment.model.model_copy(update={"initial": ""})  # the server's weights replace any initial ones
     batch_size = experiment.federation.local_batch_size
     batches = EpochBatches(train, batch_size, experiment.seed, owner=silo.name, rank=rank, world_size=world_size)
     _check_batches(batches)
-    model = build_model(config, seen.schema, experiment.seed)
-    ranks.compile(model, experiment, seen.schema, len(batches))
+    model = build_model(config, schema, experiment.seed)
+    ranks.compile(model, experiment, schema, len(batches))
     model.optimizer.build(model.trainable_variables)
     fresh_optimizer = [np.array(variable) for variable in model.optimizer.variables]
-    validation = evaluation_batches(shard(seen.validation, rank, world_size))
-    return LocalTrainer(seen, experiment, model, batches, validation, fresh_optimizer)
+    validation = evaluation_batches(shard(seen, rank, world_size))
+    return LocalTrainer(silo, experiment, model, batches, validation, fresh_optimizer)
 
 
 def _check_batches(batches: "EpochBatches") -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fl_app.local_training import LocalResult, Silo, SiloEntry
-from shared.data import Schema
+from shared.data.schema import Schema, schema_from_json
 from shared.weights import Weights, add
 
 RECORD = "packed"
@@ -24,24 +24,24 @@ ALIGNMENT = 64  # bytes; of the header, so that arrays of four-byte numbers lie 
 
 def pack_task(schema: Schema, weights: Weights, round_number: int, evaluate: bool) -> RecordDict:
     """What the server sends: the weights, what a silo needs to build the same model, and whether to judge them."""
-    return pack({"schema": _schema_to_json(schema), "round": round_number, "evaluate": evaluate}, weights)
+    return pack({"schema": schema.to_json(), "round": round_number, "evaluate": evaluate}, weights)
 
 
 def unpack_task(content: RecordDict) -> tuple[Schema, Weights, int, bool]:
     header, weights = unpack(content)
     with _understood("a task"):
-        return _schema_from_json(header["schema"]), weights, int(header["round"]), bool(header["evaluate"])
+        return schema_from_json(header["schema"]), weights, int(header["round"]), bool(header["evaluate"])
 
 
 def pack_silo(silo: Silo) -> RecordDict:
     """A silo's answer to the roll call."""
-    return pack({"silo": silo.name, "num_examples": len(silo.train), "schema": _schema_to_json(silo.schema)})
+    return pack({"silo": silo.name, "num_examples": len(silo.train), "schema": silo.schema.to_json()})
 
 
 def unpack_silo(content: RecordDict) -> SiloEntry:
     header, _ = unpack(content)
     with _understood("an answer to the roll call"):
-        return SiloEntry(str(header["silo"]), _schema_from_json(header["schema"]), int(header["num_examples"]))
+        return SiloEntry(str(header["silo"]), schema_from_json(header["schema"]), int(header["num_examples"]))
 
 
 def pack_result(result: LocalResult) -> RecordDict:
@@ -80,7 +80,7 @@ def unpack_refusal(content: RecordDict) -> str | None:
 
 def strategy_config(schema: Schema) -> ConfigRecord:
     """What a strategy sends along with the weights. It adds "server-round"."""
-    return ConfigRecord({"schema": json.dumps(_schema_to_json(schema))})
+    return ConfigRecord({"schema": json.dumps(schema.to_json())})
 
 
 def strategy_arrays(weights: Weights) -> ArrayRecord:
@@ -100,7 +100,7 @@ def unpack_strategy_task(content: RecordDict) -> tuple[Schema, Weights, int]:
             f"The strategy asks for {', '.join(unknown)}, which silos do not know. Choose another strategy."
         )
     with _understood("a task of a strategy"):
-        schema = _schema_from_json(json.loads(config["schema"]))
+        schema = schema_from_json(json.loads(config["schema"]))
     return schema, content.array_records["arrays"].to_numpy_ndarrays(), config["server-round"]
 
 
@@ -160,19 +160,6 @@ def _plain_dtype(name: str) -> np.dtype:
     if dtype.kind not in "biuf":
         raise ValueError(f"arrays hold numbers; received {name!r}")
     return dtype
-
-
-def _schema_to_json(schema: Schema) -> list[Any]:
-    return [list(schema.input_shape), schema.num_classes, schema.vocabulary_size, list(schema.target_shape)]
-
-
-def _schema_from_json(value: Sequence[Any]) -> Schema:
-    input_shape, num_classes, vocabulary_size, target_shape = value
-    return Schema(_shape(input_shape), int(num_classes), int(vocabulary_size), _shape(target_shape))
-
-
-def _shape(sizes: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(int(size) for size in sizes)
 
 
 @contextmanager

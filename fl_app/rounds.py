@@ -13,8 +13,9 @@ from fl_app.cohort import Failure, FederationError, Replies, Reply, collect, dra
 from fl_app.local_training import LocalResult, SiloEntry
 from fl_app.server_optimizer import ServerOptimizer, ServerOptimizerState, apply_update, initial_state
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from shared.data import Dataset, Schema, load_dataset, split_pool
-from shared.experiment import Experiment
+from shared.data import Dataset, Schema, Table, encode, fit_schema, load_examples, split_pool
+from shared.data.schema import check_same_kind, merge_schemas
+from shared.experiment import DataSection, Experiment
 from shared.metrics import describe, merge_means
 from shared.run_record import CHECKPOINT, RunRecord
 from shared.training import compile_model, evaluate, evaluation_batches
@@ -80,9 +81,9 @@ def run_federation(experiment: Experiment, exchange: Exchange, record: RunRecord
     test = server_test_split(experiment)
     silos = exchange.roll_call(experiment.federation.min_silos)
     _check_silos(experiment, resumed.silos if resumed else (), silos)
-    schema = common_schema([*silos.values()], test)
+    schema = common_schema([*silos.values()], test, experiment.data)
     model = compile_model(build_model(experiment.model, schema, experiment.seed), experiment, schema)
-    batches = evaluation_batches(test) if test else None
+    batches = evaluation_batches(encode(test, schema)) if test else None
     run = Federation(experiment, exchange, record, silos, schema, model, batches)
     return run.finish(run.all_rounds(run.begin(resumed)))
 
@@ -176,7 +177,7 @@ class Federation:
         if settings.cross_site_evaluation:
             result["cross_site"] = self._cross_site(state)
         self.model.set_weights(state.weights)
-        self.record.finish(self.model, result)
+        self.record.finish(self.model, self.schema, result)
         return result
 
     # --- evaluation
@@ -264,22 +265,20 @@ class Federation:
         )
 
 
-def common_schema(silos: list[SiloEntry], test: Dataset | None) -> Schema:
-    """The schema that the silos' data (and the server's test data) share; classes are the union of theirs.
+def common_schema(silos: list[SiloEntry], test: Table | Dataset | None, config: DataSection) -> Schema:
+    """The schema of the silos' training examples together; numbered classes go up to the highest of any party's.
 
-    Raises ValueError if shapes or tasks differ, naming who has what.
+    Raises ValueError if they, or the server's test data, are of different kinds, naming who has what.
     """
     schemas = {f"silo {entry.name!r}": entry.schema for entry in silos}
-    if test is not None:
-        schemas["the server's test data"] = test.schema
-    kinds = {replace(schema, num_classes=0 if schema.task == "regression" else 1) for schema in schemas.values()}
-    if len(kinds) > 1:
-        found = "; ".join(f"{who}: {schema}" for who, schema in sorted(schemas.items()))
-        raise ValueError(
-            f"All parties must hold the same kind of examples; received {found}. Give every silo the same columns; "
-            "if the server's data is another, set federation.evaluate_on_server = false."
-        )
-    return replace(kinds.pop(), num_classes=max(s.num_classes for s in schemas.values()))
+    if test is None:
+        return merge_schemas(schemas)
+    own = fit_schema(test, config)
+    check_same_kind({**schemas, "the server's test data": own})
+    schema = merge_schemas(schemas)
+    if schema.columns or schema.classes:
+        return schema
+    return replace(schema, num_classes=max(schema.num_classes, own.num_classes))
 
 
 def _timing(total: float, computed: float, transferred: float) -> dict[str, float]:
@@ -297,11 +296,11 @@ def _all_results(replies: Iterable[Reply]) -> dict[str, LocalResult]:
     return results
 
 
-def server_test_split(experiment: Experiment) -> Dataset | None:
+def server_test_split(experiment: Experiment) -> Table | Dataset | None:
     """The examples that the server judges weights on; None if the experiment wants none."""
     if not experiment.federation.evaluate_on_server or experiment.data.test_fraction == 0:
         return None
-    _, test = split_pool(load_dataset(experiment.data), experiment.seed, experiment.data.test_fraction)
+    _, test = split_pool(load_examples(experiment.data), experiment.seed, experiment.data.test_fraction)
     return test
 
 

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from fl_app.flower_internals import AdaptiveWait
 from fl_app.messages import strategy_arrays, strategy_config
 from fl_app.rounds import Exchange, common_schema, server_test_split
+from shared.data import encode
 from shared.experiment import Experiment
 from shared.metrics import describe
 from shared.run_record import RunRecord
@@ -30,9 +31,9 @@ def run_strategy(experiment: Experiment, grid: Grid, exchange: Exchange, record:
     strategy = make_strategy(experiment)
     test = server_test_split(experiment)
     silos = exchange.roll_call(experiment.federation.min_silos)
-    schema = common_schema([*silos.values()], test)
+    schema = common_schema([*silos.values()], test, experiment.data)
     model = compile_model(build_model(experiment.model, schema, experiment.seed), experiment, schema)
-    batches, num_rounds = evaluation_batches(test) if test else None, experiment.federation.num_rounds
+    batches, num_rounds = evaluation_batches(encode(test, schema)) if test else None, experiment.federation.num_rounds
     record.open()
 
     def test_metrics(arrays: ArrayRecord) -> dict[str, dict[str, float]]:
@@ -59,7 +60,7 @@ def run_strategy(experiment: Experiment, grid: Grid, exchange: Exchange, record:
     metrics.pop("train", None)
     result = {"num_silos": len(silos), "silos": sorted(silos), "metrics": metrics, "rounds": num_rounds}
     result |= {"bytes_sent": counted.bytes_sent, "strategy": experiment.federation.strategy}
-    record.finish(model, result)
+    record.finish(model, schema, result)
     return result
 
 

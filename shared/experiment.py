@@ -26,11 +26,21 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """Which examples. `name` is a built-in set, or the path of an .npz or .csv file."""
+    """Which examples. `name` is a built-in set, or the path of a file. Columns are named as in CSV: "age, sex"."""
 
     name: str = "digits"
-    label: str = "label"  # the CSV column that holds the target
-    task: Literal["auto", "classification", "regression"] = "auto"  # auto: whole-number targets are classes
+    label: str = "label"  # the column that holds the target: of numbers, or of names of classes
+    task: Literal["auto", "classification", "regression"] = "auto"  # auto: whole-number and text targets are classes
+    features: str = ""  # columns to learn from; empty: all that have no other role
+    categorical: str = ""  # of these: columns of categories, each of which becomes an input of 0 or 1
+    weight: str = ""  # the column of sample weights
+    id: str = ""  # the column that names an example: never learnt from, and no name may come twice
+    group: str = ""  # the column of groups (a patient, a document): none is in two splits, or at two silos
+    scaling: Literal["auto", "none", "standard"] = "auto"  # auto: tables' numbers as standard deviations
+    missing: Literal["refuse", "fill"] = "refuse"  # fill: with the mean of the training examples; no category
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: all classes count the same in training
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","  # of CSV files
+    encoding: str = "utf-8"  # of text files
     test_fraction: Fraction = 0.2
     validation_fraction: Fraction = 0.1
 

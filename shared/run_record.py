@@ -3,6 +3,7 @@
 RUN_DIR/experiment.toml   the experiment as it ran
 RUN_DIR/metrics.jsonl     JSON objects, each about one epoch or round
 RUN_DIR/silos.jsonl       of a federation: JSON objects, each about one silo in one round
+RUN_DIR/schema.json       what the model takes: how columns become inputs, the names of classes
 RUN_DIR/result.json       the final metrics, sizes, times and identities
 RUN_DIR/model.keras       the trained model
 """
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from shared.data import Schema
 from shared.experiment import Experiment
 from shared.weights import weights_sha256
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.npz"
 METRICS, SILOS = "metrics.jsonl", "silos.jsonl"
+SCHEMA = "schema.json"
 VERSIONED = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "horovod", "flwr")
 
 
@@ -37,7 +40,7 @@ class Record(Protocol):
     def open(self) -> None: ...
     def resume_at(self, step: int) -> None: ...
     def append(self, row: Mapping[str, Any]) -> None: ...
-    def finish(self, model: keras.Model, result: Mapping[str, Any]) -> None: ...
+    def finish(self, model: keras.Model, schema: Schema, result: Mapping[str, Any]) -> None: ...
 
 
 class NullRecord:
@@ -54,7 +57,7 @@ class NullRecord:
 
     def append(self, row: Mapping[str, Any]) -> None: ...
 
-    def finish(self, model: keras.Model, result: Mapping[str, Any]) -> None: ...
+    def finish(self, model: keras.Model, schema: Schema, result: Mapping[str, Any]) -> None: ...
 
 
 class RunRecord:
@@ -111,9 +114,10 @@ class RunRecord:
         with (self.directory / SILOS).open("a", encoding="utf-8") as file:
             file.write(_lines(rows))
 
-    def finish(self, model: keras.Model, result: Mapping[str, Any]) -> None:
-        """Saves the model and the result: `metrics` by split, and what the runtime adds (bytes_sent, ...)."""
+    def finish(self, model: keras.Model, schema: Schema, result: Mapping[str, Any]) -> None:
+        """Saves the model, its schema and the result: `metrics` by split, and what the runtime adds."""
         model.save(self.directory / "model.keras")
+        _write_atomically(self.directory / SCHEMA, json.dumps(schema.to_json(), indent=2) + "\n")
         common = {
             "name": self.experiment.name,
             "runtime": self.runtime,

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from fl_app.cohort import Reply
-from fl_app.local_training import Silo, SiloEntry, Workbench, load_silo
+from fl_app.local_training import Silo, SiloEntry, Workbench, load_silo, make_silo
 from fl_app.rounds import Exchange, run_federation
 from shared.checkpoint import load_checkpoint
-from shared.data import Schema, load_dataset, split_pool
-from shared.data.dataset import split_validation
+from shared.data import Schema, fit_schema, load_examples, split_pool
 from shared.data.partition import partition
-from shared.experiment import Experiment, experiment_from_flat
+from shared.experiment import DataSection, Experiment, experiment_from_flat
 from shared.run_record import RunRecord, read_metrics
 from shared.weights import Weights
 from shared.zoo import build_model
@@ -24,7 +23,7 @@ BASE = {
     "federation.num_rounds": 3,
     "federation.evaluate_on_server": False,
 }
-WINE = Schema((13,), 3)  # 13 columns, 3 classes
+WINE = fit_schema(load_examples(DataSection(name="wine")), DataSection())  # 13 columns, 3 classes
 
 
 class LocalExchange:
@@ -71,11 +70,10 @@ class SilosHere(LocalExchange):
 
 def wine_silos(experiment: Experiment, num_silos: int) -> list[Silo]:
     """Unequal silos: a split of wine, less the test examples, as [partition] says."""
-    pool, _ = split_pool(load_dataset(experiment.data), experiment.seed, experiment.data.test_fraction)
+    pool, _ = split_pool(load_examples(experiment.data), experiment.seed, experiment.data.test_fraction)
     parts = partition(experiment.partition, pool, num_silos, experiment.seed)
-    fraction = experiment.data.validation_fraction
     names = [f"silo-{i}" for i in range(num_silos)]
-    return [Silo(n, *split_validation(p, experiment.seed, fraction, n)) for n, p in zip(names, parts, strict=True)]
+    return [make_silo(name, part, experiment) for name, part in zip(names, parts, strict=True)]
 
 
 # --- a run and what it leaves behind

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset as Table
 from flwr_datasets import partitioner as partitioners
 
-from shared.data.dataset import Dataset
+from shared.data.splits import E
 from shared.experiment import PartitionSection
 from shared.seeding import rng_for, seed_for
 
@@ -40,11 +40,13 @@ def partition_indices(config: PartitionSection, labels: np.ndarray, num_silos: i
     return [np.sort(part) for part in parts]
 
 
-def partition(config: PartitionSection, pool: Dataset, num_silos: int, seed: int) -> list[Dataset]:
-    """The silos' data sets; see `partition_indices`."""
-    if config.kind in ("dirichlet", "pathological") and not pool.num_classes:
+def partition(config: PartitionSection, pool: E, num_silos: int, seed: int) -> list[E]:
+    """The silos' examples; see `partition_indices`."""
+    labels = pool.labels
+    if config.kind in ("dirichlet", "pathological") and labels is None:
         raise ValueError(f"partition.kind = {config.kind!r} splits by class; this data has none. Use 'iid' or 'size'.")
-    return [pool.take(indices) for indices in partition_indices(config, pool.y, num_silos, seed)]
+    labels = np.zeros(len(pool), np.int32) if labels is None else labels
+    return [pool.take(indices) for indices in partition_indices(config, labels, num_silos, seed)]
 
 
 def _sizes(config: PartitionSection, num_silos: int) -> list[int]:

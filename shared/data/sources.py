@@ -1,82 +1,75 @@
-"""Where examples come from: scikit-learn's real sets, and the user's own NPZ and CSV files."""
+"""Where examples come from: scikit-learn's real sets, and the user's own files."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared.data.dataset import Dataset
+from shared.data.files import READERS, check_exists, read_csv
+from shared.data.preparation import encode, fit_schema
+from shared.data.tables import MAX_CLASSES, TASK, Table, make_table, parse_names
 from shared.experiment import DataSection, nearest_names
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-MAX_CLASSES = 100_000  # more are ids or numbers, not classes
+def _digits(config: DataSection) -> Dataset:
+    from sklearn.datasets import load_digits  # half a second to import, needed only here
 
-
-def _sklearn_table(name: str) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn import datasets  # half a second to import, needed only here
-
-    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
-    return x, y
-
-
-def _standardised(x: np.ndarray) -> np.ndarray:
-    return ((x - x.mean(axis=0)) / x.std(axis=0)).astype(np.float32)
-
-
-def _digits() -> Dataset:
-    x, y = _sklearn_table("digits")
+    x, y = load_digits(return_X_y=True)
     return Dataset((x / 16.0).astype(np.float32).reshape(-1, 8, 8, 1), y.astype(np.int32), num_classes=10)
 
 
-def _classes(name: str) -> Dataset:
-    x, y = _sklearn_table(name)
-    return Dataset(_standardised(x), y.astype(np.int32), num_classes=int(y.max()) + 1)
+def _sklearn_table(config: DataSection) -> Table:
+    from sklearn import datasets
+
+    found = getattr(datasets, f"load_{config.name}")(as_frame=True)
+    frame = found.data.rename_axis(index="row").assign(**{config.label: found.target})
+    task = "regression" if config.name in REGRESSIONS else "classification"
+    return make_table(frame, config.model_copy(update={"task": task}), config.name)
 
 
-def _diabetes() -> Dataset:
-    x, y = _sklearn_table("diabetes")
-    # scikit-learn ships the features centred, with norm 1 per column; as standard deviations they suit SGD
-    return Dataset(_standardised(x), _standardised(y), num_classes=0)
-
-
-BUILTIN_SETS: dict[str, Callable[[], Dataset]] = {
+REGRESSIONS = {"diabetes"}
+BUILTIN_SETS: dict[str, Callable[[DataSection], Table | Dataset]] = {
     "digits": _digits,
-    "breast_cancer": lambda: _classes("breast_cancer"),
-    "wine": lambda: _classes("wine"),
-    "diabetes": _diabetes,
+    "breast_cancer": _sklearn_table,
+    "wine": _sklearn_table,
+    "diabetes": _sklearn_table,
 }
+FILES = (".npz", ".csv", *READERS)
 
 
 def load_dataset(config: DataSection) -> Dataset:
-    """Loads the data set that `config.name` names: a built-in set, an .npz file or a .csv file.
+    """All examples as arrays, with the statistics of all: to look at. Training fits on its own part, by `split`."""
+    examples = load_examples(config)
+    return encode(examples, fit_schema(examples, config))
 
-    The features of built-in tables are standardised over the whole table, digits' pixels scaled to [0, 1], diabetes'
-    target standardised; the user's own files are taken as they are. Raises ValueError when the data cannot be used.
+
+def load_examples(config: DataSection) -> Table | Dataset:
+    """Loads the examples that `config.name` names: a built-in set or a file (.npz, .csv, .parquet, .tfrecord).
+
+    Digits' pixels are scaled to [0, 1]. Raises ValueError when the data cannot be used.
     """
     path = Path(config.name)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinity, and what becomes it, is refused by _checked
-        if config.name in BUILTIN_SETS:
-            dataset = BUILTIN_SETS[config.name]()
-        elif path.suffix == ".npz":
-            dataset = _load_npz(path, config.task)
-        elif path.suffix == ".csv":
-            dataset = _load_csv(path, config.label, config.task)
-        else:
-            raise ValueError(
-                f"data.name must be a built-in set or the path of an .npz or .csv file; received {config.name!r}. "
-                f"Nearest: {', '.join(nearest_names(config.name, BUILTIN_SETS))}."
-            )
-    return _checked(dataset, config)
+    if config.name in BUILTIN_SETS:
+        return _checked(BUILTIN_SETS[config.name](config), config)
+    if path.suffix not in FILES:
+        raise ValueError(
+            f"data.name must be a built-in set or the path of a file of the kinds {', '.join(FILES)}; received "
+            f"{config.name!r}. Nearest: {', '.join(nearest_names(config.name, BUILTIN_SETS))}."
+        )
+    check_exists(path)
+    if path.suffix == ".npz":
+        with np.errstate(over="ignore", invalid="ignore"):  # infinity, and what becomes it, is refused by _checked
+            return _checked(_load_npz(path, config.task), config)
+    if path.suffix == ".csv":
+        may_be_text = [config.label, config.id, config.group, *parse_names(config.categorical)]
+        return make_table(read_csv(path, may_be_text, config.delimiter, config.encoding), config, str(path))
+    return make_table(READERS[path.suffix](path), config, str(path))
 
 
 def _load_npz(path: Path, task: str) -> Dataset:
-    _check_exists(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: array for name, array in file.items() if isinstance(array, np.ndarray)}
@@ -110,56 +103,6 @@ def _load_npz(path: Path, task: str) -> Dataset:
     )
 
 
-def _load_csv(path: Path, label: str, task: str) -> Dataset:
-    import pandas as pd  # half a second to import, needed only here
-
-    _check_exists(path)
-    try:
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            table = pd.read_csv(path, index_col=False)  # else the first fields of too long rows would be row names
-    except pd.errors.ParserWarning:
-        raise ValueError(f"{path}: its rows have more fields than its header. Name every column there.") from None
-    except pd.errors.EmptyDataError:
-        raise ValueError(f"{path} is empty. A CSV file needs a header line and at least one row.") from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as CSV: {str(error).strip()}.") from None
-    if label not in table.columns:
-        raise ValueError(
-            f"{path} has no label column {label!r}; its columns are {', '.join(map(repr, table.columns))}. "
-            "Name the target with data.label."
-        )
-    for column in table.columns:
-        _check_numeric(table[column], pd.to_numeric(table[column], errors="coerce"), path)
-    features = table.drop(columns=label)
-    if features.shape[1] == 0:
-        raise ValueError(f"{path} has only the label column {label!r}. Add at least one feature column.")
-    return _dataset(features.to_numpy(np.float32), table[label].to_numpy(np.float64), task, str(path), None, None)
-
-
-def _check_numeric(column: pd.Series, numbers: pd.Series, path: Path) -> None:
-    """Refuses text and gaps; `numbers` is the column with NaN where it is not a number."""
-    text = np.flatnonzero(numbers.isna() & column.notna())
-    if text.size:
-        raise ValueError(
-            f"{path}: column {column.name!r} must be numeric; received {column.iloc[text[0]]!r} in line "
-            f"{text[0] + 2} ({text.size} such rows). Encode text as numbers, or take the column out."
-        )
-    gaps = np.flatnonzero(column.isna())
-    if gaps.size:
-        raise ValueError(
-            f"{path}: column {column.name!r} has no value in line {gaps[0] + 2} ({gaps.size} such rows). "
-            "Fill the missing values in, or take the rows out."
-        )
-
-
-def _check_exists(path: Path) -> None:
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
-        nearest = ", ".join(nearest_names(path.name, beside)[:3])
-        hint = f"Nearest in that folder: {nearest}." if beside else f"That folder holds no {path.suffix} file."
-        raise ValueError(f"No data file at {path}. {hint} Set data.name.")
-
-
 def _dataset(
     x: np.ndarray, y: np.ndarray, task: str, source: str, declared: int | None, weight: np.ndarray | None
 ) -> Dataset:
@@ -180,25 +123,40 @@ def _dataset(
     return Dataset(x, y.astype(np.int32), num_classes, sample_weight=weight)
 
 
-def _checked(dataset: Dataset, config: DataSection) -> Dataset:
-    if (config.task == "regression" and dataset.num_classes) or (
-        config.task == "classification" and not dataset.num_classes
-    ):
+def _checked(examples: Table | Dataset, config: DataSection) -> Table | Dataset:
+    is_regression = examples.is_regression if isinstance(examples, Table) else not examples.num_classes
+    if config.task != "auto" and (config.task == "regression") != is_regression:
+        task = "regression" if is_regression else "classification"
         raise ValueError(
-            f"data.task = {config.task!r} does not fit {config.name}, whose targets are of {dataset.schema.task}. "
+            f"data.task = {config.task!r} does not fit {config.name}, whose targets are of {task}. "
             "Set data.task = 'auto'."
         )
-    if not (np.isfinite(dataset.x).all() and np.isfinite(dataset.y).all()):
+    if isinstance(examples, Table):
+        return examples
+    if not (np.isfinite(examples.x).all() and np.isfinite(examples.y).all()):
         raise ValueError(
             f"{config.name} holds values that are not finite (NaN or infinity). Fill them in or remove them."
         )
-    weight = dataset.sample_weight
+    weight = examples.sample_weight
     if weight is not None and not (np.isfinite(weight) & (weight >= 0)).all():
         raise ValueError(f"{config.name}: sample_weight must be finite and not negative. Mend the weights.")
-    return dataset
+    return examples
+
+
+def save_examples(stem: Path, examples: Table | Dataset) -> Path:
+    """Writes examples as a file that `load_examples` reads back by the same keys of [data]; returns its path."""
+    if isinstance(examples, Table):
+        path = stem.with_suffix(".parquet")
+        frame = examples.frame.copy(deep=False)
+        frame.attrs[TASK] = "regression" if examples.is_regression else "classification"
+        frame.to_parquet(path, index=False)
+        return path
+    path = stem.with_suffix(".npz")
+    save_npz(path, examples)
+    return path
 
 
 def save_npz(path: Path, dataset: Dataset) -> None:
-    """Writes the data set as an .npz file that `load_dataset` reads back."""
+    """Writes the data set as an .npz file that `load_examples` reads back."""
     weight = {} if dataset.sample_weight is None else {"sample_weight": dataset.sample_weight}
     np.savez(path, allow_pickle=False, x=dataset.x, y=dataset.y, num_classes=np.int64(dataset.num_classes), **weight)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from shared.data import BUILTIN_SETS, Dataset, Schema, load_dataset, shard, split, split_pool
-from shared.data.dataset import split_validation
 from shared.data.sources import save_npz
+from shared.data.splits import split_validation
 from shared.experiment import DataSection
 
 # As scikit-learn documents them: number of examples, shape of one, number of classes (0: regression).
@@ -41,7 +41,7 @@ def same(a: Dataset, b: Dataset) -> bool:
 def test_every_built_in_set_is_as_documented_and_the_same_each_time(name: str):
     dataset = load(name)
     num_examples, input_shape, num_classes = DOCUMENTED[name]
-    assert dataset.schema == Schema(input_shape, num_classes)
+    assert (dataset.schema.input_shape, dataset.schema.num_classes) == (input_shape, num_classes)
     assert len(dataset) == len(dataset.y) == num_examples
     assert dataset.x.dtype == np.float32
     assert dataset.y.dtype == (np.int32 if num_classes else np.float32)
@@ -81,13 +81,17 @@ def test_taking_examples_takes_their_targets_and_weights_along(numbered: Callabl
 # --- splits and shards
 
 
+def held_out(test_fraction: float, validation_fraction: float) -> DataSection:
+    return DataSection(test_fraction=test_fraction, validation_fraction=validation_fraction)
+
+
 @pytest.mark.parametrize("num_examples", [1, 2, 7, 100])
-@pytest.mark.parametrize("fractions", [(0.0, 0.0), (0.2, 0.1), (0.5, 0.0), (0.0, 0.5), (0.3, 0.6)])
+@pytest.mark.parametrize("fractions", [(0.0, 0.0), (0.2, 0.1), (0.5, 0.0), (0.0, 0.5), (0.3, 0.4)])
 def test_a_split_is_a_disjoint_cover_with_the_stated_sizes(
     numbered: Callable[..., Dataset], num_examples: int, fractions: tuple[float, float]
 ):
     test_fraction, validation_fraction = fractions
-    parts = split(numbered(num_examples), 0, test_fraction, validation_fraction)
+    parts = split(numbered(num_examples), held_out(*fractions), 0)
     everything = np.concatenate([parts.train.y, parts.validation.y, parts.test.y])
     assert sorted(everything) == list(range(num_examples))
     assert len(parts.test) == round(test_fraction * num_examples)
@@ -95,7 +99,7 @@ def test_a_split_is_a_disjoint_cover_with_the_stated_sizes(
 
 
 def test_a_split_depends_on_the_seed_and_on_nothing_else(numbered: Callable[..., Dataset]):
-    one, again, other = (split(numbered(100), seed, 0.2, 0.1) for seed in (0, 0, 1))
+    one, again, other = (split(numbered(100), held_out(0.2, 0.1), seed) for seed in (0, 0, 1))
     for name in ("train", "validation", "test"):
         assert same(getattr(one, name), getattr(again, name))
         assert set(getattr(one, name).y) != set(getattr(other, name).y)
@@ -105,7 +109,8 @@ def test_a_split_depends_on_the_seed_and_on_nothing_else(numbered: Callable[...,
 def test_the_test_examples_do_not_depend_on_the_validation_fraction(
     numbered: Callable[..., Dataset], validation_fraction: float
 ):
-    assert same(split(numbered(100), 0, 0.2, validation_fraction).test, split_pool(numbered(100), 0, 0.2)[1])
+    parts = split(numbered(100), held_out(0.2, validation_fraction), 0)
+    assert same(parts.test, split_pool(numbered(100), 0, 0.2)[1])
 
 
 def test_silos_choose_their_validation_examples_independently(numbered: Callable[..., Dataset]):
@@ -180,14 +185,14 @@ def csv(tmp_path: Path) -> Callable[[str | bytes], Path]:
 
 
 def test_a_csv_file_of_whole_targets_is_a_classification(csv: Callable[[str], Path]):
-    dataset = load(csv("a,kind,b\n1,0,2\n3,2,-4.5\n"), label="kind")
+    dataset = load(csv("a,kind,b\n1,0,2\n3,2,-4.5\n"), label="kind", scaling="none")
     assert dataset.x.tolist() == [[1.0, 2.0], [3.0, -4.5]]
     assert (dataset.y.tolist(), dataset.num_classes) == ([0, 2], 3)
     assert (dataset.x.dtype, dataset.y.dtype) == (np.float32, np.int32)
 
 
 def test_a_csv_file_of_fractional_targets_is_a_regression(csv: Callable[[str], Path]):
-    dataset = load(csv("a,label\n1,0.5\n3,2\n"))
+    dataset = load(csv("a,label\n1,0.5\n3,2\n"), scaling="none")
     assert (dataset.y.tolist(), dataset.num_classes, dataset.y.dtype) == ([0.5, 2.0], 0, np.float32)
 
 
@@ -203,23 +208,35 @@ X, Y = np.arange(6.0).reshape(3, 2), np.array([0, 1, 2])
 
 BAD_CSV = {
     "no label column": ("a,b\n1,2\n", ["'a', 'b'", "data.label"]),
-    "other separator": ("a;label\n1;2\n", ["'a;label'", "data.label"]),
-    "text in a feature": ("a,label\n1,0\nred,1\n", ["column 'a' must be numeric", "'red' in line 3", "Encode text"]),
-    "text in the label": ("a,label\n1,yes\n", ["column 'label' must be numeric", "'yes' in line 2", "Encode text"]),
+    "other separator": ("a;label\n1;2\n", ["'a;label'", "data.delimiter = ';'"]),
+    "text in a feature": (
+        "a,label\n1,0\nred,1\n",
+        ["column 'a' must be numeric", "'red' in line 3", "data.categorical"],
+    ),
+    "text and numbers in the label": ("a,label\n1,0\n2,yes\n", ["'label' mixes numbers and text: 'yes' in line 3"]),
+    "two columns of a name": ("a,a,label\n1,2,0\n", ["two columns of the name 'a'"]),
+    "no such feature": ("a,label\n1,0\n", ["no column 'b' (data.features)", "Nearest"], {"features": "a, b"}),
+    "two roles": ("a,label\n1,0\n", ["'a' has two roles"], {"features": "a", "weight": "a"}),
+    "an id that comes twice": ("a,n,label\n1,x,0\n2,x,1\n", ["'x' again in line 3", "data.id"], {"id": "n"}),
+    "a negative weight": ("a,w,label\n1,-2,0\n", ["negative; received -2.0 in line 2"], {"weight": "w"}),
+    "a gap in a category": ("a,s,label\n1,x,0\n1,,1\n", ["'s' has no value in line 3"], {"categorical": "s"}),
+    "another encoding": ("a,s,label\n1,ä,0\n".encode("latin-1"), ["not UTF-8 in line 2"], {"categorical": "s"}),
+    "a header in another encoding": ("ä,label\n1,0\n".encode("latin-1"), ["encoding 'utf-8'", "data.encoding"]),
+    "no such encoding": ("a,label\n1,0\n", ["encoding 'utf-9'", "data.encoding"], {"encoding": "utf-9"}),
     "empty file": ("", ["is empty", "a header line and at least one row"]),
     "only line ends": ("\n\n", ["is empty", "a header line and at least one row"]),
     "header without rows": ("a,label\n", ["holds no examples", "at least one"]),
     "only the label column": ("label\n1\n", ["only the label column", "Add at least one feature"]),
     "missing feature": ("a,label\n1,0\n,1\n", ["'a' has no value in line 3", "take the rows out"]),
     "missing label": ("a,label\n1,0\n2,\n", ["'label' has no value in line 3", "take the rows out"]),
-    "short row": ("a,b,label\n1,2,0\n2\n", ["'b' has no value in line 3", "take the rows out"]),
-    "one long row": ("a,label\n1,0\n1,2,3\n", ["cannot be read as CSV", "line 3"]),
-    "only long rows": ("a,label\n0,5,1\n1,7,0\n", ["more fields than its header", "Name every column"]),
-    "no text": (b"\xff\xfe\x00\x01", ["cannot be read as CSV"]),
-    "open quote": ('a,label\n"1,2\n', ["cannot be read as CSV"]),
-    "infinite feature": ("a,label\ninf,0\n", ["not finite", "Fill them in"]),
-    "infinite label": ("a,label\n1,inf\n", ["not finite", "Fill them in"]),
-    "feature beyond float32": ("a,label\n1e300,0\n", ["not finite", "Fill them in"]),
+    "short row": ("a,b,label\n1,2,0\n2\n", ["line 3 has 1 fields where the header has 3", "Mend that line"]),
+    "one long row": ("a,label\n1,0\n1,2,3\n", ["line 3 has 3 fields where the header has 2"]),
+    "only long rows": ("a,label\n0,5,1\n1,7,0\n", ["line 2 has 3 fields where the header has 2"]),
+    "no text": (b"\xff\xfe\x00\x01", ["is not in the encoding 'utf-8'"]),
+    "open quote": ('a,label\n"1,2\n', ["line 2 has 1 fields where the header has 2"]),
+    "infinite feature": ("a,label\ninf,0\n", ["'a' must be finite", "received inf in line 2"]),
+    "infinite label": ("a,label\n1,inf\n", ["'label'", "received inf in line 2"]),
+    "feature beyond float32": ("a,label\n1e300,0\n", ["'a' must be finite", "received 1e+300 in line 2"]),
     "negative class": ("a,label\n1,-1\n", ["whole numbers from 0 on", "-1", "data.task = 'regression'"]),
     "class beyond int32": ("a,label\n1,5000000000\n", ["whole numbers from 0 on", "data.task = 'regression'"]),
     "class beyond int64": (f"a,label\n1,{10**30}\n", ["whole numbers from 0 on", "data.task = 'regression'"]),
@@ -228,10 +245,10 @@ BAD_CSV = {
 
 @pytest.mark.parametrize("case", BAD_CSV)
 def test_a_csv_file_that_cannot_be_used_is_refused_by_name(csv: Callable[[str | bytes], Path], case: str):
-    content, words = BAD_CSV[case]
+    content, words, *keys = BAD_CSV[case]
     path = csv(content)
     with pytest.raises(ValueError, match=str(path)) as caught:
-        load(path)
+        load(path, **dict(*keys))
     for word in words:
         assert word in str(caught.value)
 
@@ -334,7 +351,9 @@ def test_a_missing_file_is_refused_with_the_nearest_name_in_its_folder(tmp_path:
 def test_a_misspelt_name_is_refused_with_the_nearest(tmp_path: Path):
     with pytest.raises(ValueError, match=r"received 'wime'\. Nearest: wine\."):
         load("wime")
-    with pytest.raises(ValueError, match=r"built-in set or the path of an \.npz or \.csv file; received 'a\.txt'"):
+    with pytest.raises(
+        ValueError, match=r"built-in set or the path of a file of the kinds \.npz, \.csv.*; received 'a\.txt'"
+    ):
         load("a.txt")
 
 

@@ -31,6 +31,10 @@ BASE = {
 WITHOUT_OURS = {"federation.cohort_size": 0, "server_optimizer.name": "fedavg"}
 OTHER_TEXT = {
     "data.task": "regression",
+    "data.scaling": "none",
+    "data.missing": "fill",
+    "data.class_weights": "balanced",
+    "data.delimiter": ";",
     "optimizer.name": "adamw",
     "training.aggregation": "adasum",
     "partition.kind": "dirichlet",

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_a_silo_judges_the_weights_only_if_asked_and_only_with_validation_exampl
     (silo,) = wine_silos(experiment, 1)
     weights = initial_weights(experiment)
     assert bench.train(silo, WINE, experiment, weights, 1, False).validation == {}
-    bare = Silo("bare", silo.train, silo.train.take(np.arange(0)))
+    bare = replace(silo, name="bare", validation=silo.train.take(np.arange(0)))
     result = bench.train(bare, WINE, experiment, weights, 1, True)
     assert (result.num_validation, result.validation) == (0, {})
     assert bench.evaluate(bare, WINE, experiment, weights).validation == {}

@@ -108,7 +108,7 @@ def test_a_task_comes_back(case: str, schema: Schema, evaluate: bool):
 @pytest.mark.parametrize("num_classes", [3, 0])
 def test_a_silos_answer_to_the_roll_call_comes_back(make_data: Callable[..., Dataset], num_classes: int):
     train, validation = make_data(12, num_classes=num_classes), make_data(5, num_classes=num_classes)
-    entry = unpack_silo(over_the_wire(pack_silo(Silo("hospital-ä", train, validation))))
+    entry = unpack_silo(over_the_wire(pack_silo(Silo("hospital-ä", train, validation, train.schema))))
     assert entry == SiloEntry("hospital-ä", Schema((4,), num_classes), 12)
 
 
@@ -215,8 +215,8 @@ def test_a_message_that_was_cut_is_refused_wherever_it_was_cut():
 
 
 HEADERS = {
-    "task": (unpack_task, {"schema": [[13], 3, 0, []], "round": 7, "evaluate": True}),
-    "silo": (unpack_silo, {"silo": "a", "num_examples": 12, "schema": [[13], 3, 0, []]}),
+    "task": (unpack_task, {"schema": Schema((13,), 3).to_json(), "round": 7, "evaluate": True}),
+    "silo": (unpack_silo, {"silo": "a", "num_examples": 12, "schema": Schema((13,), 3).to_json()}),
     "result": (
         unpack_result,
         {"num_examples": 12, "num_validation": 3, "train": {"loss": 0.5}, "validation": {}, "seconds": 0.5},

@@ -12,11 +12,12 @@ import pytest
 from fl_app import rounds
 from fl_app.aggregation import Contribution, weighted_mean
 from fl_app.cohort import FederationError, Reply
-from fl_app.local_training import Silo, SiloEntry, Workbench
+from fl_app.local_training import SiloEntry, Workbench, make_silo
 from fl_app.rounds import common_schema
 from fl_app.server_optimizer import ServerOptimizer, apply_update, initial_state
 from shared.checkpoint import load_checkpoint
-from shared.data import Dataset, Schema, load_dataset, shard, split_pool
+from shared.data import Dataset, Schema, encode, load_examples, split
+from shared.experiment import DataSection
 from shared.run_record import read_metrics
 from shared.training import EpochBatches, compile_model, fit_epochs
 from shared.weights import Weights, add, max_difference, weights_sha256
@@ -48,7 +49,7 @@ def test_one_silo_is_a_plain_loop_of_its_local_training(tmp_path: Path):
     run(experiment, SilosHere(experiment, [silo]))
     weights = initial_weights(experiment)
     for round_number in (1, 2):
-        weights = add(weights, Workbench().train(silo, WINE, experiment, weights, round_number, False).update)
+        weights = add(weights, Workbench().train(silo, silo.schema, experiment, weights, round_number, False).update)
     assert weights_sha256(final_weights(experiment)) == weights_sha256(weights)
 
 
@@ -59,7 +60,7 @@ def test_one_silo_with_an_optimizer_without_memory_is_training_without_rounds(tm
     silos = wine_silos(experiment, 1)
     run(experiment, SilosHere(experiment, silos))
     model = compile_model(build_model(experiment.model, silos[0].schema, 0), experiment, silos[0].schema)
-    fit_epochs(model, EpochBatches(silos[0].train, 16, seed=0, owner="silo-0"), 0, 6)
+    fit_epochs(model, EpochBatches(encode(silos[0].train, silos[0].schema), 16, seed=0, owner="silo-0"), 0, 6)
     assert max_difference(model.get_weights(), initial_weights(experiment)) > 0.1
     # the update is a rounded float32 difference, so that weights + update may miss the last bit
     assert max_difference(final_weights(experiment), model.get_weights()) < 1e-6
@@ -76,9 +77,9 @@ def test_one_step_on_the_full_batch_of_every_silo_is_central_sgd_on_the_union(tm
     silos = wine_silos(experiment, 3)
     assert len({len(silo.train) for silo in silos}) == 3  # unequal, so that weights count
     run(experiment, SilosHere(experiment, silos))
-    pool, _ = split_pool(load_dataset(experiment.data), experiment.seed, experiment.data.test_fraction)
-    model = compile_model(build_model(experiment.model, pool.schema, experiment.seed), experiment, pool.schema)
-    fit_epochs(model, EpochBatches(pool, 0, seed=0), 0, 5)
+    central = split(load_examples(experiment.data), experiment.data, experiment.seed)
+    model = compile_model(build_model(experiment.model, central.schema, experiment.seed), experiment, central.schema)
+    fit_epochs(model, EpochBatches(central.train, 0, seed=0), 0, 5)
     assert max_difference(model.get_weights(), initial_weights(experiment)) > 0.1
     # float32 sums over other groups of examples, in 5 steps with entries of about 1
     assert max_difference(final_weights(experiment), model.get_weights()) < 1e-5
@@ -304,14 +305,15 @@ def entry(name: str, *shape: int, num_classes: int = 3) -> SiloEntry:
 def test_the_classes_of_a_federation_are_the_union_of_its_parties_classes(make_data: Callable[..., Dataset]):
     silos = [entry("a", 4, num_classes=2), entry("b", 4, num_classes=5), entry("c", 4, num_classes=3)]
     for order in itertools.permutations(silos):
-        assert common_schema(list(order), None) == Schema((4,), 5)
-    assert common_schema(silos[:1], make_data(3, num_classes=7)) == Schema((4,), 7)
-    assert common_schema([entry("a", 4, num_classes=0)], None) == Schema((4,), 0)
+        assert common_schema(list(order), None, DataSection()) == Schema((4,), 5)
+    assert common_schema(silos[:1], make_data(3, num_classes=7), DataSection()) == Schema((4,), 7)
+    assert common_schema([entry("a", 4, num_classes=0)], None, DataSection()) == Schema((4,), 0)
 
 
 def test_parties_with_other_examples_or_another_task_are_named(make_data: Callable[..., Dataset]):
+    silos = [entry("a", 4), entry("b", 5), entry("c", 4, num_classes=0)]
     with pytest.raises(ValueError, match="the same kind of examples") as caught:
-        common_schema([entry("a", 4), entry("b", 5), entry("c", 4, num_classes=0)], make_data(3, num_features=6))
+        common_schema(silos, make_data(3, num_features=6), DataSection())
     for words in (
         "silo 'a': classification on examples of (4,)",
         "silo 'b': classification on examples of (5,)",
@@ -326,6 +328,6 @@ def test_a_silo_that_lacks_a_class_trains_the_federations_model(tmp_path: Path, 
     """Its own data knows two classes of three."""
     experiment = configure(tmp_path, {"federation.num_rounds": 1, "federation.evaluate_on_silos": False})
     few, all_three = make_data(20, num_features=13, num_classes=2), make_data(20, num_features=13, seed=1)
-    silos = [Silo("few", few, shard(few, 0, 4)), Silo("all", all_three, shard(all_three, 0, 4))]
+    silos = [make_silo("few", few, experiment), make_silo("all", all_three, experiment)]
     run(experiment, SilosHere(experiment, silos))
     assert [w.shape for w in final_weights(experiment)] == [(13, 3), (3,)]

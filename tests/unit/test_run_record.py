@@ -42,15 +42,16 @@ def test_a_run_leaves_its_experiment_rows_result_and_model(tmp_path: Path, model
     record = opened(tmp_path)
     record.append({"epoch": 1, "train": {"loss": 0.5}})
     record.append({"epoch": 2, "train": {"loss": 0.25}})
-    record.finish(model, {"metrics": {"test": {"loss": 0.125}}, "bytes_sent": 17, "epochs": 2})
-    names = ["experiment.toml", "metrics.jsonl", "model.keras", "result.json"]
+    record.finish(model, Schema((4,), 3), {"metrics": {"test": {"loss": 0.125}}, "bytes_sent": 17, "epochs": 2})
+    names = ["experiment.toml", "metrics.jsonl", "model.keras", "result.json", "schema.json"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     assert load_experiment(tmp_path / "run" / "experiment.toml") == experiment_in(tmp_path)
     assert rows(tmp_path) == [{"epoch": 1, "train": {"loss": 0.5}}, {"epoch": 2, "train": {"loss": 0.25}}]
 
 
 def test_the_result_tells_metrics_sizes_times_and_identities(tmp_path: Path, model: keras.Model):
-    opened(tmp_path).finish(model, {"metrics": {"test": {"loss": 0.125}}, "bytes_sent": 17, "epochs": 2})
+    metrics = {"test": {"loss": 0.125}}
+    opened(tmp_path).finish(model, Schema((4,), 3), {"metrics": metrics, "bytes_sent": 17, "epochs": 2})
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     seconds, versions = result.pop("seconds"), result.pop("versions")
     assert result == {
@@ -69,7 +70,7 @@ def test_the_result_tells_metrics_sizes_times_and_identities(tmp_path: Path, mod
 
 
 def test_the_model_of_a_run_loads_with_its_weights(tmp_path: Path, model: keras.Model):
-    opened(tmp_path).finish(model, {})
+    opened(tmp_path).finish(model, Schema((4,), 3), {})
     loaded = keras.models.load_model(tmp_path / "run" / "model.keras", compile=False)
     assert weights_sha256(loaded.get_weights()) == weights_sha256(model.get_weights())
 
@@ -116,7 +117,7 @@ def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path, model: keras.
     record.open()
     record.resume_at(1)
     record.append({"epoch": 1})
-    record.finish(model, {})
+    record.finish(model, Schema((4,), 3), {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +148,7 @@ def test_the_seconds_of_a_resumed_run_count_on_from_the_step_it_resumes(tmp_path
 
 
 def test_a_run_that_goes_on_has_no_result_until_it_is_finished_again(tmp_path: Path, model: keras.Model):
-    opened(tmp_path).finish(model, {})
+    opened(tmp_path).finish(model, Schema((4,), 3), {})
     opened(tmp_path, resume=True).resume_at(0)
     assert not (tmp_path / "run" / "result.json").exists()
 
