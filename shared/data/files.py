@@ -113,14 +113,18 @@ def read_tfrecord(path: Path) -> pd.DataFrame:
     import tensorflow as tf
 
     rows: list[dict[str, object]] = []
+    size = 0
     try:
-        for record in tf.data.TFRecordDataset(str(path)):
-            rows.append(_values(path, len(rows) + 1, record.numpy()))
+        for record in map(bytes, tf.data.TFRecordDataset(str(path)).as_numpy_iterator()):
+            rows.append(_values(path, len(rows) + 1, record))
+            size += len(record) + 16  # its length and two checksums
+        problem = "" if size == path.stat().st_size else "the last one is cut off"  # TensorFlow takes that for the end
     except tf.errors.OpError as error:
-        where = f"after {len(rows)} whole records"
+        problem = str(error.message)
+    if problem:
         raise ValueError(
-            f"{path} cannot be read as a TFRecord file, {where}: {error.message}. Write it again."
-        ) from None
+            f"{path} cannot be read as a TFRecord file beyond record {len(rows)}: {problem}. Write it again."
+        )
     return _numbered(pd.DataFrame(rows))
 
 
@@ -133,7 +137,7 @@ def _values(path: Path, number: int, record: bytes) -> dict[str, object]:
     except DecodeError:
         raise ValueError(f"{path}: record {number} is no tf.train.Example. Write it again.") from None
     values: dict[str, object] = {}
-    for name, feature in features.items():
+    for name, feature in sorted(features.items()):  # a map has no order
         found = list(getattr(feature, feature.WhichOneof("kind") or "float_list").value)
         if len(found) > 1:
             raise ValueError(f"{path}: record {number} has {len(found)} values of {name!r}; a table holds one each.")

@@ -115,10 +115,10 @@ class Table:
 
 def make_table(frame: pd.DataFrame, config: DataSection, source: str) -> Table:
     """Checks the columns that have a role, and leaves out the others. Raises ValueError, naming column and row."""
-    roles = assign_roles(config, list(map(str, frame.columns)), source)
-    frame = frame[roles.used].copy()
     if len(frame) == 0:
         raise ValueError(f"{source} holds no examples. Give it at least one.")
+    roles = assign_roles(config, list(map(str, frame.columns)), source)
+    frame = frame[roles.used].copy()
     may_lack = [*roles.numbers, *roles.categories] if config.missing == "fill" else []
     for name in roles.numbers:
         frame[name] = _as_numbers(frame[name], source)
