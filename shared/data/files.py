@@ -30,7 +30,7 @@ def read_csv(
     import pyarrow as pa  # a fifth of a second to import, needed only here
     from pyarrow import csv as arrow
 
-    header = _header(path, delimiter, encoding)
+    header = read_header(path, delimiter, encoding)
     as_text = set(header if text_columns is None else text_columns)
     types = {name: pa.string() if name in as_text else pa.float64() for name in header}
     try:
@@ -48,7 +48,8 @@ def read_csv(
     return frame.dropna(how="all")
 
 
-def _header(path: Path, delimiter: str, encoding: str) -> list[str]:
+def read_header(path: Path, delimiter: str, encoding: str) -> list[str]:
+    """The names of a CSV file's columns. Raises ValueError if they cannot be read or told apart."""
     python_name = "utf-8-sig" if encoding == "utf-8" else encoding
     try:  # what cannot be decoded further down is the reader's to tell, with its line
         with path.open(encoding=python_name, errors="surrogateescape", newline="") as file:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from shared.data.dataset import Dataset
-from shared.data.files import READERS, check_exists, read_csv
+from shared.data.files import READERS, check_exists, read_csv, read_header
 from shared.data.preparation import encode, fit_schema
-from shared.data.tables import MAX_CLASSES, TASK, Table, make_table, parse_names
+from shared.data.tables import MAX_CLASSES, TASK, Table, assign_roles, make_table
 from shared.experiment import DataSection, nearest_names
 
 
@@ -64,8 +64,10 @@ def load_examples(config: DataSection) -> Table | Dataset:
         with np.errstate(over="ignore", invalid="ignore"):  # infinity, and what becomes it, is refused by _checked
             return _checked(_load_npz(path, config.task), config)
     if path.suffix == ".csv":
-        may_be_text = [config.label, config.id, config.group, *parse_names(config.categorical)]
-        return make_table(read_csv(path, may_be_text, config.delimiter, config.encoding), config, str(path))
+        header = read_header(path, config.delimiter, config.encoding)
+        numbers = assign_roles(config, header, str(path)).numbers
+        text = [name for name in header if name not in numbers]
+        return make_table(read_csv(path, text, config.delimiter, config.encoding), config, str(path))
     return make_table(READERS[path.suffix](path), config, str(path))
 
 
