@@ -17,7 +17,7 @@ from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.data import Dataset, Schema, Splits, load_examples, shard, split
 from shared.experiment import Experiment
 from shared.run_record import CHECKPOINT, NullRecord, Record, RunRecord
-from shared.training import EpochBatches, LearningRate, batch_slices, compile_model, evaluate, fit_epochs
+from shared.training import EpochBatches, LearningRate, batch_slices, compile_model, confusion, evaluate, fit_epochs
 from shared.zoo import build_model
 
 BEST_MODEL = "best.keras"
@@ -200,6 +200,11 @@ def _skip(*_: Any) -> None:
     """What the other ranks do where the root writes a file."""
 
 
+def _nothing(*_: Any) -> dict[str, Any]:
+    """What the other ranks add to the result."""
+    return {}
+
+
 def _save_state(path: Path, job: _Job, progress: Progress) -> None:
     arrays = {
         "model": [np.asarray(v) for v in job.model.variables],
@@ -254,6 +259,7 @@ def _finish(job: _Job, record: Record, progress: Progress) -> dict[str, Any]:
         "best_epoch": progress.best_epoch,  # 0: no validation examples to tell
         "bytes_sent": progress.bytes_sent,
     }
+    result |= job.communicator.on_root(confusion, _nothing)(job.model, job.splits.test, job.splits.schema)
     record.finish(job.model, job.splits.schema, result)
     return result
 

@@ -290,3 +290,20 @@ def test_ranks_with_other_data_are_refused_before_anything_is_written(tmp_path: 
     with pytest.raises(ValueError, match=r"the same training examples; received .*'f00dcafe'"):
         train(experiment(tmp_path / "run", SMALL), BesideAnother())
     assert not (tmp_path / "run").exists()
+
+
+# --- what the result tells of the classes
+
+
+def test_the_confusion_of_the_classes_agrees_with_the_accuracy(undisturbed: Path):
+    result = result_of(undisturbed)
+    counts = np.array(result["confusion"]["counts"])
+    assert result["confusion"]["classes"] == ["0", "1", "2"]
+    assert counts.sum() == round(0.2 * 178)
+    assert np.trace(counts) / counts.sum() == pytest.approx(result["metrics"]["test"]["accuracy"], abs=1e-6)
+    assert counts.sum(axis=1).tolist() != counts.sum(axis=0).tolist()  # else rows and columns could be exchanged
+
+
+def test_a_regression_has_no_confusion(tmp_path: Path):
+    train(experiment(tmp_path, {**SMALL, "data.name": "diabetes", "training.epochs": 1}), ALONE)
+    assert "confusion" not in result_of(tmp_path)
