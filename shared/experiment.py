@@ -30,7 +30,8 @@ class DataSection(Section):
 
     name: str = "digits"
     label: str = "label"  # the column that holds the target: of numbers, or of names of classes
-    task: Literal["auto", "classification", "regression"] = "auto"  # auto: whole-number and text targets are classes
+    # auto: whole-number and text targets are classes; reconstruction: the targets are the inputs
+    task: Literal["auto", "classification", "regression", "reconstruction"] = "auto"
     features: str = ""  # columns to learn from; empty: all that have no other role
     categorical: str = ""  # of these: columns of categories, each of which becomes an input of 0 or 1
     weight: str = ""  # the column of sample weights
@@ -41,6 +42,7 @@ class DataSection(Section):
     class_weights: Literal["none", "balanced"] = "none"  # balanced: all classes count the same in training
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","  # of CSV files
     encoding: str = "utf-8"  # of text files
+    sequence_length: Annotated[int, Field(ge=2)] = 128  # ids of an example of text
     test_fraction: Fraction = 0.2
     validation_fraction: Fraction = 0.1
 

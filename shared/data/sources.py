@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from shared.data.dataset import Dataset
 from shared.data.files import READERS, check_exists, read_csv, read_header
 from shared.data.preparation import encode, fit_schema
 from shared.data.tables import MAX_CLASSES, TASK, Table, assign_roles, make_table
+from shared.data.texts import documentation_topics, language_model_dataset
 from shared.experiment import DataSection, nearest_names
 
 
@@ -30,12 +32,17 @@ def _sklearn_table(config: DataSection) -> Table:
     return make_table(frame, config.model_copy(update={"task": task}), config.name)
 
 
+def _documentation(config: DataSection) -> Dataset:
+    return language_model_dataset([*documentation_topics().values()], config.sequence_length)
+
+
 REGRESSIONS = {"diabetes"}
 BUILTIN_SETS: dict[str, Callable[[DataSection], Table | Dataset]] = {
     "digits": _digits,
     "breast_cancer": _sklearn_table,
     "wine": _sklearn_table,
     "diabetes": _sklearn_table,
+    "documentation": _documentation,
 }
 FILES = (".npz", ".csv", *READERS)
 
@@ -86,23 +93,25 @@ def _load_npz(path: Path, task: str) -> Dataset:
             f"{sorted(arrays) or 'no arrays'}. Write it with np.savez(path, x=..., y=...)."
         )
     x, y = arrays["x"], arrays["y"]
-    for name in {"x", "y", "sample_weight", "num_classes"} & set(arrays):
+    for name in {"x", "y", "sample_weight", "num_classes", "vocabulary_size"} & set(arrays):
         if arrays[name].dtype.kind not in "fiub":
             raise ValueError(
                 f"{path}: {name} must be numeric; received dtype {arrays[name].dtype}. Encode text as numbers."
             )
-    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
+    ids = int(arrays.get("vocabulary_size", np.int64(0)))
+    if x.ndim < 2 or (y.ndim != 1 and y.shape != x.shape) or len(x) != len(y):
         raise ValueError(
-            f"{path}: x must have shape (n, ...) and y shape (n,) with the same n; received {x.shape} and {y.shape}."
+            f"{path}: x must have shape (n, ...) and y shape (n,) with the same n, or that of x; received "
+            f"{x.shape} and {y.shape}."
         )
-    for name, shape in (("sample_weight", y.shape), ("num_classes", ())):
+    for name, shape in (("sample_weight", (len(y),)), ("num_classes", ()), ("vocabulary_size", ())):
         if name in arrays and arrays[name].shape != shape:
             raise ValueError(f"{path}: {name} must have shape {shape}; received {arrays[name].shape}. Or leave it out.")
     weight = arrays.get("sample_weight")
     declared = int(arrays["num_classes"]) if "num_classes" in arrays else None
-    return _dataset(
-        x.astype(np.float32), y, task, str(path), declared, None if weight is None else weight.astype(np.float32)
-    )
+    weight = None if weight is None else weight.astype(np.float32)
+    dataset = _dataset(x.astype(np.int32 if ids else np.float32), y, task, str(path), declared, weight)
+    return replace(dataset, vocabulary_size=ids)
 
 
 def _dataset(
@@ -126,6 +135,8 @@ def _dataset(
 
 
 def _checked(examples: Table | Dataset, config: DataSection) -> Table | Dataset:
+    if config.task == "reconstruction":
+        return _to_reconstruct(examples, config)
     is_regression = examples.is_regression if isinstance(examples, Table) else not examples.num_classes
     if config.task != "auto" and (config.task == "regression") != is_regression:
         task = "regression" if is_regression else "classification"
@@ -145,6 +156,15 @@ def _checked(examples: Table | Dataset, config: DataSection) -> Table | Dataset:
     return examples
 
 
+def _to_reconstruct(examples: Table | Dataset, config: DataSection) -> Dataset:
+    if isinstance(examples, Table) or examples.vocabulary_size:
+        raise ValueError(
+            f"data.task = 'reconstruction' takes arrays of numbers (digits, .npz); received {config.name}. Save a "
+            "table as an .npz file of x and y first."
+        )
+    return replace(examples, y=examples.x, num_classes=0, classes=())
+
+
 def save_examples(stem: Path, examples: Table | Dataset) -> Path:
     """Writes examples as a file that `load_examples` reads back by the same keys of [data]; returns its path."""
     if isinstance(examples, Table):
@@ -161,4 +181,5 @@ def save_examples(stem: Path, examples: Table | Dataset) -> Path:
 def save_npz(path: Path, dataset: Dataset) -> None:
     """Writes the data set as an .npz file that `load_examples` reads back."""
     weight = {} if dataset.sample_weight is None else {"sample_weight": dataset.sample_weight}
-    np.savez(path, allow_pickle=False, x=dataset.x, y=dataset.y, num_classes=np.int64(dataset.num_classes), **weight)
+    sizes = {name: np.int64(getattr(dataset, name)) for name in ("num_classes", "vocabulary_size")}
+    np.savez(path, allow_pickle=False, x=dataset.x, y=dataset.y, **sizes, **weight)

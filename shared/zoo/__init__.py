@@ -16,7 +16,7 @@ import keras
 from shared.data import Schema
 from shared.experiment import ModelSection, nearest_names
 from shared.seeding import seed_for
-from shared.zoo import cnn, linear, mlp, wide_deep
+from shared.zoo import autoencoder, cnn, conv1d, linear, mlp, resnet, transformer, wide_deep
 
 Builder = Callable[..., keras.Model]
 
@@ -25,6 +25,19 @@ MODELS: dict[str, Builder] = {
     "mlp": mlp.build,
     "cnn": cnn.build,
     "wide_deep": wide_deep.build,
+    "resnet": resnet.build,
+    "conv1d": conv1d.build,
+    "transformer_lm": transformer.build_language_model,
+    "transformer_classifier": transformer.build_classifier,
+    "autoencoder": autoencoder.build,
+}
+# Sizes by name: model.options = 'preset = "small"'; further options have the last word.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "resnet": resnet.PRESETS,
+    "conv1d": conv1d.PRESETS,
+    "transformer_lm": transformer.PRESETS,
+    "transformer_classifier": transformer.PRESETS,
+    "autoencoder": autoencoder.PRESETS,
 }
 
 
@@ -35,7 +48,7 @@ def build_model(config: ModelSection, schema: Schema, seed: int) -> keras.Model:
     unknown name, options the builder does not take, or initial weights of other shapes.
     """
     builder = find_builder(config.name)
-    options = parse_options(config.options)
+    options = _with_preset(config.name, parse_options(config.options))
     _check_options(config.name, builder, options)
     keras.utils.set_random_seed(seed_for(seed, "initial weights"))
     try:
@@ -51,6 +64,18 @@ def build_model(config: ModelSection, schema: Schema, seed: int) -> keras.Model:
     if config.initial:
         load_initial_weights(model, Path(config.initial))
     return model
+
+
+def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    preset = options.get("preset")
+    if preset is None or name not in MODELS:  # a builder of the user's own may have an option of that name
+        return options
+    known = PRESETS.get(name, {})
+    if preset not in known:
+        raise ValueError(
+            f"model.options: {name!r} has no preset {preset!r}. It has: {', '.join(known) or 'none'}. Or leave it out."
+        )
+    return {**known[preset], **{key: value for key, value in options.items() if key != "preset"}}
 
 
 def find_builder(name: str) -> Builder:

@@ -14,7 +14,7 @@ def build(
 
     Raises ValueError if the input is no image (height, width, channels), or too small for so many poolings.
     """
-    if len(schema.input_shape) != 3:
+    if len(schema.input_shape) != 3 or schema.target_shape:
         raise ValueError(f"The cnn takes images (height, width, channels); received examples of {schema.input_shape}.")
     if min(schema.input_shape[:2]) < 2 ** len(filters):
         raise ValueError(

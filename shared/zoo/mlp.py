@@ -11,6 +11,10 @@ def build(
     schema: Schema, units: Sequence[int] = (64, 32), activation: str = "relu", dropout_rate: float = 0.0
 ) -> keras.Model:
     """Dense layers of the given widths, each with activation and dropout, then a linear output."""
+    if schema.target_shape or schema.vocabulary_size:
+        raise ValueError(
+            f"The mlp takes numbers and one target per example; received {schema}. See docs/how-to-models.md."
+        )
     inputs = keras.Input(schema.input_shape, name="features")
     x = keras.layers.Flatten(name="flatten")(inputs) if len(schema.input_shape) > 1 else inputs
     for i, width in enumerate(units):

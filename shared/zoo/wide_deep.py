@@ -25,7 +25,7 @@ def build(
     Numeric columns fall into `num_buckets` equal buckets over [-3, 3] (standard deviations; the outer two are open).
     `categorical_columns` already hold whole numbers in 0 .. num_buckets - 1; others count as the nearest of them.
     """
-    if len(schema.input_shape) != 1:
+    if len(schema.input_shape) != 1 or schema.target_shape or schema.vocabulary_size:
         raise ValueError(f"wide_deep takes tables, one row per example; received examples of {schema.input_shape}.")
     (num_columns,) = schema.input_shape
     if wrong := [c for c in categorical_columns if not 0 <= c < num_columns]:
