@@ -161,7 +161,10 @@ def encode_table(table: Table, schema: Schema) -> Dataset:
     A missing number becomes the mean. Raises ValueError for a class that the schema lacks.
     """
     columns = schema.columns
-    assert columns is not None, "the schema of a table has columns"
+    if columns is None:
+        raise ValueError(
+            f"{table.source} is a table; received the schema of other data: {schema}. Give all the same kind."
+        )
     numbers = table.frame[[column.name for column in columns.numbers]].to_numpy(np.float64)
     means = np.array([column.mean for column in columns.numbers])
     numbers = np.where(np.isnan(numbers), means, numbers)

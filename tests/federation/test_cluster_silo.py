@@ -16,7 +16,7 @@ from fl_app.local_training import Workbench
 from fl_app.rounds import run_federation
 from fl_app.silo.cluster import ClusterWorkbench
 from fl_app.silo.settings import Cluster
-from shared.data import Schema, load_dataset
+from shared.data import Schema, fit_schema, load_dataset, load_examples
 from shared.experiment import Experiment, experiment_from_flat
 from shared.processes import free_ports
 from shared.run_record import RunRecord
@@ -117,7 +117,7 @@ def test_clusters_that_take_full_batch_steps_end_where_central_training_does(
 def test_work_that_fails_by_itself_is_refused_once_and_the_next_task_is_done(tmp_path: Path, capfd) -> None:
     e = experiment(tmp_path / "run", **OPTIMIZERS["adam"])
     narrow = experiment(tmp_path / "run", **{**OPTIMIZERS["adam"], "model.name": NARROW})
-    schema = load_dataset(e.data).schema
+    schema = fit_schema(load_examples(e.data), e.data)
     node = {"silo": "one", "data": "wine", "allow": NARROW}
     with ClusterWorkbench(Cluster(num_workers=2)) as bench:
         bench.start()
@@ -184,6 +184,8 @@ def test_a_round_in_which_the_cluster_is_killed_ends_as_an_undisturbed_one(
     output = lines_until(run, "roll call: 2 silos")
     for number in (1, 2, 3):
         wait_for_task(consortium.worker("silo-0"))
+        mended = restarts_before + number - 1
+        assert wait_for(lambda n=mended: log.read_text().count("the cluster is ready again") >= n, 60)
         time.sleep(1.5)  # amid the training
         killed = kill(consortium, victim)
         output += lines_until(run, f"round {number}/3")

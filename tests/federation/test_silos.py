@@ -208,7 +208,8 @@ def test_a_silo_whose_training_diverges_is_left_out_by_name(starter, tmp_path: P
     lines = [f"{i % 7},{i % 3},{i % 2}" for i in range(60)]
     good.write_text("\n".join(["a,b,label", *lines]))
     wild.write_text("\n".join(["a,b,label", *(f"{i}e30,{i % 3}e30,{i % 2}" for i in range(60))]))
-    e = experiment(tmp_path / "run", **{"federation.min_replies": 1, "optimizer.name": "sgd"})
+    keys = {"federation.min_replies": 1, "optimizer.name": "sgd", "data.scaling": "none"}
+    e = experiment(tmp_path / "run", **keys)
     silos = ("--silo", f"good={good}", "--silo", f"wild={wild}")
     run = starter("fl_app.launch", toml_file(tmp_path, e), *silos, "--run-dir", tmp_path / "run")
     output = finished(run)
