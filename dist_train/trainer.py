@@ -16,8 +16,17 @@ from dist_train.keras_horovod import broadcast_variables, bytes_sent, distribute
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.data import Dataset, Schema, Splits, load_examples, shard, split
 from shared.experiment import Experiment
+from shared.outcome import outcome
 from shared.run_record import CHECKPOINT, NullRecord, Record, RunRecord
-from shared.training import EpochBatches, LearningRate, batch_slices, compile_model, confusion, evaluate, fit_epochs
+from shared.training import (
+    EpochBatches,
+    LearningRate,
+    batch_slices,
+    compile_model,
+    evaluate,
+    evaluation_batches,
+    fit_epochs,
+)
 from shared.zoo import build_model
 
 BEST_MODEL = "best.keras"
@@ -259,7 +268,9 @@ def _finish(job: _Job, record: Record, progress: Progress) -> dict[str, Any]:
         "best_epoch": progress.best_epoch,  # 0: no validation examples to tell
         "bytes_sent": progress.bytes_sent,
     }
-    result |= job.communicator.on_root(confusion, _nothing)(job.model, job.splits.test, job.splits.schema)
+    if len(job.splits.test):
+        show = job.communicator.on_root(outcome, _nothing)
+        result |= show(job.model, evaluation_batches(job.splits.test), job.splits.schema, job.experiment.seed)
     record.finish(job.model, job.splits.schema, result)
     return result
 

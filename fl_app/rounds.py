@@ -17,8 +17,9 @@ from shared.data import Dataset, Schema, Table, encode, fit_schema, load_example
 from shared.data.schema import check_same_kind, merge_schemas
 from shared.experiment import DataSection, Experiment
 from shared.metrics import describe, merge_means
+from shared.outcome import outcome
 from shared.run_record import CHECKPOINT, RunRecord
-from shared.training import compile_model, confusion, evaluate, evaluation_batches
+from shared.training import compile_model, evaluate, evaluation_batches
 from shared.weights import Weights, add, num_bytes
 from shared.zoo import build_model
 
@@ -177,7 +178,7 @@ class Federation:
         if settings.cross_site_evaluation:
             result["cross_site"] = self._cross_site(state)
         self.model.set_weights(state.weights)
-        result |= confusion(self.model, self.test, self.schema) if self.test else {}
+        result |= outcome(self.model, self.test, self.schema, self.experiment.seed) if self.test else {}
         self.record.finish(self.model, self.schema, result)
         return result
 

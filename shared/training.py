@@ -210,21 +210,6 @@ def evaluate(model: keras.Model, dataset: Dataset | tf.data.Dataset) -> dict[str
     return {name: float(value) for name, value in results.items()}
 
 
-def confusion(model: keras.Model, dataset: Dataset | tf.data.Dataset, schema: Schema) -> dict[str, Any]:
-    """How often the examples of each class (rows) were taken for which (columns), and the names of the classes.
-
-    Empty unless each example has one class. The diagonal's share of the sum is the accuracy.
-    """
-    if schema.task != "classification" or schema.target_shape:
-        return {}
-    counts = np.zeros((schema.num_classes, schema.num_classes), np.int64)
-    for x, y, *_ in evaluation_batches(dataset) if isinstance(dataset, Dataset) else dataset:
-        predicted = model.predict_on_batch(x).argmax(axis=-1)
-        np.add.at(counts, (y.numpy(), predicted), 1)
-    names = schema.classes or tuple(map(str, range(schema.num_classes)))
-    return {"confusion": {"classes": list(names), "counts": counts.tolist()}}
-
-
 def as_fit_data(dataset: Dataset) -> tuple[np.ndarray, ...]:
     """(x, y) or (x, y, sample_weight), as Keras takes them."""
     weight = () if dataset.sample_weight is None else (dataset.sample_weight,)

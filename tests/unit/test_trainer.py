@@ -307,3 +307,14 @@ def test_the_confusion_of_the_classes_agrees_with_the_accuracy(undisturbed: Path
 def test_a_regression_has_no_confusion(tmp_path: Path):
     train(experiment(tmp_path, {**SMALL, "data.name": "diabetes", "training.epochs": 1}), ALONE)
     assert "confusion" not in result_of(tmp_path)
+
+
+def test_a_language_model_leaves_a_sample_of_its_text(tmp_path: Path):
+    keys = {"data.name": "documentation", "data.sequence_length": 64, "model.name": "transformer_lm"}
+    keys |= {"model.options": 'preset = "tiny"', "training.epochs": 1, "training.global_batch_size": 256}
+    train(experiment(tmp_path, keys), ALONE)
+    result = result_of(tmp_path)
+    assert "confusion" not in result
+    assert len(result["sample"]["prompt"]) > 5
+    assert 60 < len(result["sample"]["text"]) <= 200
+    assert 0.1 < result["metrics"]["test"]["accuracy"] < 0.9
