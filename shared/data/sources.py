@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.data.biosequences import read_sequences, sequences_dataset, simulate_promoters
 from shared.data.dataset import Dataset
 from shared.data.files import READERS, check_exists, read_csv, read_header
 from shared.data.preparation import encode, fit_schema
@@ -36,6 +37,10 @@ def _documentation(config: DataSection) -> Dataset:
     return language_model_dataset([*documentation_topics().values()], config.sequence_length)
 
 
+def _promoters(config: DataSection) -> Dataset:
+    return sequences_dataset(simulate_promoters(2000, 60, seed=0), "label", config.name)
+
+
 REGRESSIONS = {"diabetes"}
 BUILTIN_SETS: dict[str, Callable[[DataSection], Table | Dataset]] = {
     "digits": _digits,
@@ -43,8 +48,10 @@ BUILTIN_SETS: dict[str, Callable[[DataSection], Table | Dataset]] = {
     "wine": _sklearn_table,
     "diabetes": _sklearn_table,
     "documentation": _documentation,
+    "promoters": _promoters,
 }
-FILES = (".npz", ".csv", *READERS)
+SEQUENCES = (".fasta", ".fa", ".fastq", ".fq", ".gz")
+FILES = (".npz", ".csv", *READERS, *SEQUENCES)
 
 
 def load_dataset(config: DataSection) -> Dataset:
@@ -54,7 +61,7 @@ def load_dataset(config: DataSection) -> Dataset:
 
 
 def load_examples(config: DataSection) -> Table | Dataset:
-    """Loads the examples that `config.name` names: a built-in set or a file (.npz, .csv, .parquet, .tfrecord).
+    """Loads the examples that `config.name` names: a built-in set or a file of one of the kinds in `FILES`.
 
     Digits' pixels are scaled to [0, 1]. Raises ValueError when the data cannot be used.
     """
@@ -75,6 +82,8 @@ def load_examples(config: DataSection) -> Table | Dataset:
         numbers = assign_roles(config, header, str(path)).numbers
         text = [name for name in header if name not in numbers]
         return make_table(read_csv(path, text, config.delimiter, config.encoding), config, str(path))
+    if path.suffix in SEQUENCES:
+        return sequences_dataset([*read_sequences(path)], config.label, str(path))
     return make_table(READERS[path.suffix](path), config, str(path))
 
 
