@@ -152,8 +152,8 @@ def simulate_promoters(num_sequences: int, length: int, seed: int, mutation_rate
     """Background with all four letters alike; every second sequence holds a promoter, the others may hold half of one.
 
     A promoter: TTGACA, 16 to 18 letters, TATAAT, at a place drawn evenly, each letter of the two boxes replaced by
-    another with probability `mutation_rate`. Half of the other sequences hold one of the two boxes alone, mutated likewise:
-    what tells them apart is the pair and its distance. label=promoter or label=background.
+    another with probability `mutation_rate`. Half of the other sequences hold one of the two boxes alone, mutated
+    likewise: what tells them apart is the pair and its distance. label=promoter or label=background.
     """
     longest = len(MINUS_35) + max(SPACINGS) + len(MINUS_10)
     if length < longest:
