@@ -47,7 +47,7 @@ REFUSED = {
     "data that is not there": ({"data": "none.csv"}, "received 'none.csv', which is neither. Check the path."),
     "no data": ({"data": ""}, "received '', which is neither"),
     "a folder of data": ({"data": "scratch"}, "received 'scratch', which is neither"),
-    "a data set's name misspelt": ({"data": "wime"}, "a built-in set (digits, breast_cancer, wine, diabetes)"),
+    "a data set's name misspelt": ({"data": "wime"}, "a built-in set (digits, breast_cancer, wine, diabetes,"),
     "no certificate": ({"insecure": None}, "needs TLS: --root-certificates ca.crt"),
     "a certificate that is not there": (
         {"insecure": None, "root_certificates": "gone.crt"},
