@@ -37,6 +37,7 @@ python -m fl_app.silo --insecure --superlink {COORDINATOR} --silo one --data win
 timeout 120 sh -c 'until grep -q "the worker is ready" silo.log; do sleep 0.2; done' || {{ cat silo.log; exit 3; }}
 flwr run {ROOT} here --stream --run-config experiment.toml || true
 kill -KILL %2; wait %2 || true
+kill -KILL %1; wait %1 || true  # else the next test would meet this coordinator, with a silo that is gone
 """
 
 

@@ -100,7 +100,7 @@ def test_a_killed_and_resumed_federation_is_bit_equal_to_an_undisturbed_one(kill
     e = experiment(tmp_path / "run", **{"federation.min_silos": 2})
     exchange = LocalExchange(e, cut_data(e, 2, tmp_path))
     run_federation(e, exchange, RunRecord(e, "flower", "round"))
-    assert "round 2/5" not in killed.output
+    assert "round 1/5" not in killed.output  # round 2 may be repeated: its row is written before its checkpoint
     assert "round 3/5" in killed.output
     assert result(killed.run)["weights_sha256"] == result(tmp_path / "run")["weights_sha256"]
 
