@@ -28,8 +28,10 @@ from shared.training import (
     fit_epochs,
 )
 from shared.zoo import build_model
+from shared.zoo.adapters import adapter_weights
 
 BEST_MODEL = "best.keras"
+BEST_WEIGHTS = "best.npz"  # of a model with adapters, which Keras merges into what it saves
 
 STEPS_PER_EXECUTION = 8  # on ranks, whose cores have little time for Keras's Python between steps (docs/log.md)
 
@@ -180,7 +182,7 @@ class EndEpoch(keras.callbacks.Callback):
         super().__init__()
         self.job, self.record, self.progress = job, record, progress
         self.bytes_before = progress.bytes_sent
-        self.save_model, self.save_state = job.communicator.on_root((job.model.save, _save_state), (_skip, _skip))
+        self.save_best, self.save_state = job.communicator.on_root((_save_best, _save_state), (_skip, _skip))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         logs = {name: float(value) for name, value in (logs or {}).items()}
@@ -199,7 +201,7 @@ class EndEpoch(keras.callbacks.Callback):
         progress.epochs_since_best += 1
         if validation_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch, progress.epochs_since_best = validation_loss, progress.epoch, 0
-            self.save_model(self.record.directory / BEST_MODEL)
+            self.save_best(self.record.directory, self.model)
         patience = self.job.experiment.training.early_stopping_patience
         if patience and progress.epochs_since_best >= patience:
             progress.stopped_early = self.model.stop_training = True
@@ -212,6 +214,12 @@ def _skip(*_: Any) -> None:
 def _nothing(*_: Any) -> dict[str, Any]:
     """What the other ranks add to the result."""
     return {}
+
+
+def _save_best(directory: Path, model: keras.Model) -> None:
+    model.save(directory / BEST_MODEL)
+    if adapter_weights(model):
+        np.savez(directory / BEST_WEIGHTS, *model.get_weights(), allow_pickle=False)
 
 
 def _save_state(path: Path, job: _Job, progress: Progress) -> None:
@@ -276,7 +284,14 @@ def _finish(job: _Job, record: Record, progress: Progress) -> dict[str, Any]:
 
 
 def _best_weights(job: _Job, record: Record) -> list[np.ndarray]:
-    path = record.directory / BEST_MODEL
     own = job.model.get_weights()
-    read = job.communicator.on_root(lambda: keras.models.load_model(path, compile=False).get_weights(), lambda: own)
+    read = job.communicator.on_root(lambda: _read_best(record.directory, job.model), lambda: own)
     return job.communicator.broadcast_arrays(read())
+
+
+def _read_best(directory: Path, model: keras.Model) -> list[np.ndarray]:
+    if not adapter_weights(model):
+        weights: list[np.ndarray] = keras.models.load_model(directory / BEST_MODEL, compile=False).get_weights()
+        return weights
+    with np.load(directory / BEST_WEIGHTS) as file:
+        return [file[f"arr_{i}"] for i in range(len(file))]

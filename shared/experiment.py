@@ -53,6 +53,9 @@ class ModelSection(Section):
     name: str = "mlp"
     options: str = ""  # arguments of the builder as TOML text: 'units = [64, 32]'
     initial: str = ""  # a .keras file whose weights to start from; empty: fresh weights
+    precision: Literal["float32", "mixed_bfloat16"] = "float32"  # mixed: computed in bfloat16, variables in float32
+    adapter: Literal["none", "lora"] = "none"  # lora: only low-rank additions to the initial weights are trained
+    adapter_rank: Count = 8
 
 
 class OptimizerSection(Section):
@@ -185,6 +188,11 @@ class Experiment(Section):
 
 def _cross_field_rules(e: Experiment) -> Iterable[tuple[bool, str]]:
     """Every rule that concerns more than one key: (is it broken, rule + values received + remedy)."""
+    yield (
+        e.model.adapter != "none" and not e.model.initial,
+        f"model.adapter = {e.model.adapter!r} adapts a trained model; received no model.initial. Set model.initial to "
+        "a .keras file, for example runs/NAME/model.keras, or model.adapter = 'none'.",
+    )
     held_out = e.data.test_fraction + e.data.validation_fraction
     yield (
         held_out >= 1.0,

@@ -5,7 +5,8 @@ RUN_DIR/metrics.jsonl     JSON objects, each about one epoch or round
 RUN_DIR/silos.jsonl       of a federation: JSON objects, each about one silo in one round
 RUN_DIR/schema.json       what the model takes: how columns become inputs, the names of classes
 RUN_DIR/result.json       the final metrics, sizes, times and identities
-RUN_DIR/model.keras       the trained model
+RUN_DIR/model.keras       the trained model, adapters merged into it
+RUN_DIR/adapter.npz       of a model with adapters: A and B of each
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from shared.data import Schema
 from shared.experiment import Experiment
 from shared.weights import weights_sha256
@@ -25,7 +28,7 @@ from shared.weights import weights_sha256
 if TYPE_CHECKING:
     import keras
 
-CHECKPOINT = "checkpoint.npz"
+CHECKPOINT, ADAPTER = "checkpoint.npz", "adapter.npz"
 METRICS, SILOS = "metrics.jsonl", "silos.jsonl"
 SCHEMA = "schema.json"
 VERSIONED = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "horovod", "flwr")
@@ -115,7 +118,16 @@ class RunRecord:
             file.write(_lines(rows))
 
     def finish(self, model: keras.Model, schema: Schema, result: Mapping[str, Any]) -> None:
-        """Saves the model, its schema and the result: `metrics` by split, and what the runtime adds."""
+        """Saves the model, its schema and the result: `metrics` by split, and what the runtime adds.
+
+        Adapters are merged into the model, and saved apart too.
+        """
+        from shared.zoo import without_adapters  # Keras
+        from shared.zoo.adapters import adapter_weights
+
+        if adapters := adapter_weights(model):
+            np.savez(self.directory / ADAPTER, allow_pickle=False, **adapters)
+        model = without_adapters(model, self.experiment.model, schema)
         model.save(self.directory / "model.keras")
         _write_atomically(self.directory / SCHEMA, json.dumps(schema.to_json(), indent=2) + "\n")
         common = {

@@ -17,6 +17,7 @@ from shared.data import Schema
 from shared.experiment import ModelSection, nearest_names
 from shared.seeding import seed_for
 from shared.zoo import autoencoder, cnn, conv1d, linear, mlp, resnet, transformer, wide_deep
+from shared.zoo.adapters import enable_adapters, merge_adapters
 
 Builder = Callable[..., keras.Model]
 
@@ -44,26 +45,42 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 def build_model(config: ModelSection, schema: Schema, seed: int) -> keras.Model:
     """Builds the model that `config` names, with fresh weights determined by the seed or those of `config.initial`.
 
-    Sets Keras's global seed, because the initialisers of a user's own model draw from it. Raises ValueError for an
-    unknown name, options the builder does not take, or initial weights of other shapes.
+    `config.precision` is the policy of all layers but the output; `config.adapter` leaves adapters alone to train. Sets
+    Keras's global seed, because the initialisers of a user's own model draw from it. Raises ValueError for an unknown
+    name, options the builder does not take, or initial weights of other shapes.
     """
     builder = find_builder(config.name)
     options = _with_preset(config.name, parse_options(config.options))
     _check_options(config.name, builder, options)
     keras.utils.set_random_seed(seed_for(seed, "initial weights"))
+    default = keras.config.dtype_policy()
     try:
+        keras.config.set_dtype_policy(config.precision)
         model = builder(schema, **options)
     except TypeError as error:
         if not options:
             raise
         raise ValueError(f"model.options = {config.options!r} does not suit {config.name!r}: {error}.") from error
+    finally:
+        keras.config.set_dtype_policy(default)
     if not isinstance(model, keras.Model):
         raise ValueError(f"model.name = {config.name!r} must return a keras.Model; received {type(model).__name__}.")
     if not model.built:
         model.build((None, *schema.input_shape))
     if config.initial:
         load_initial_weights(model, Path(config.initial))
+    if config.adapter == "lora":
+        keras.utils.set_random_seed(seed_for(seed, "adapters"))
+        enable_adapters(model, config.adapter_rank)
     return model
+
+
+def without_adapters(model: keras.Model, config: ModelSection, schema: Schema) -> keras.Model:
+    """The model as it is, or, if it has adapters, a plain one into which they are merged."""
+    if config.adapter == "none":
+        return model
+    plain = config.model_copy(update={"adapter": "none", "initial": ""})
+    return merge_adapters(model, build_model(plain, schema, seed=0))
 
 
 def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:

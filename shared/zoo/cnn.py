@@ -29,4 +29,4 @@ def build(
     x = keras.layers.Dense(units, activation="relu", name="dense")(x)
     if dropout_rate > 0:
         x = keras.layers.Dropout(dropout_rate, name="dropout")(x)
-    return keras.Model(inputs, keras.layers.Dense(schema.num_outputs, name="output")(x), name="cnn")
+    return keras.Model(inputs, keras.layers.Dense(schema.num_outputs, dtype="float32", name="output")(x), name="cnn")

@@ -13,4 +13,4 @@ def build(schema: Schema) -> keras.Model:
         )
     inputs = keras.Input(schema.input_shape, name="features")
     x = keras.layers.Flatten(name="flatten")(inputs) if len(schema.input_shape) > 1 else inputs
-    return keras.Model(inputs, keras.layers.Dense(schema.num_outputs, name="output")(x), name="linear")
+    return keras.Model(inputs, keras.layers.Dense(schema.num_outputs, dtype="float32", name="output")(x), name="linear")

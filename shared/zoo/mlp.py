@@ -21,4 +21,4 @@ def build(
         x = keras.layers.Dense(width, activation=activation, name=f"dense{i}")(x)
         if dropout_rate > 0:
             x = keras.layers.Dropout(dropout_rate, name=f"dropout{i}")(x)
-    return keras.Model(inputs, keras.layers.Dense(schema.num_outputs, name="output")(x), name="mlp")
+    return keras.Model(inputs, keras.layers.Dense(schema.num_outputs, dtype="float32", name="output")(x), name="mlp")

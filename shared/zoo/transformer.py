@@ -51,7 +51,8 @@ def build_classifier(
     for i in range(num_layers):
         x = _block(x, i, num_heads, dropout_rate, mask=keras.ops.expand_dims(present, 1))
     x = keras.layers.LayerNormalization(name="final_norm")(x)
-    share = keras.ops.cast(keras.ops.expand_dims(present, -1), x.dtype)
+    x = keras.ops.cast(x, "float32")  # bfloat16 cannot count beyond 256
+    share = keras.ops.cast(keras.ops.expand_dims(present, -1), "float32")
     num_present = keras.ops.maximum(keras.ops.sum(share, axis=1), 1.0)
     mean = keras.ops.sum(x * share, axis=1) / num_present
     outputs = keras.layers.Dense(schema.num_outputs, dtype="float32", name="output")(mean)

@@ -31,18 +31,20 @@ def build(
     if wrong := [c for c in categorical_columns if not 0 <= c < num_columns]:
         raise ValueError(f"categorical_columns must lie in 0..{num_columns - 1}; received {wrong}.")
     inputs = keras.Input(schema.input_shape, name="columns")
-    ids = BucketIds(num_buckets, list(categorical_columns), name="bucket_ids")(inputs)
+    ids = BucketIds(num_buckets, list(categorical_columns), dtype="float32", name="bucket_ids")(inputs)
     num_ids = num_columns * num_buckets
 
     wide_buckets = keras.layers.Embedding(num_ids, schema.num_outputs, embeddings_initializer="zeros", name="wide")(ids)
-    wide = keras.layers.Dense(schema.num_outputs, name="wide_linear")(inputs)
+    wide = keras.layers.Dense(schema.num_outputs, dtype="float32", name="wide_linear")(inputs)
     embedded = keras.layers.Embedding(num_ids, embedding_dim, name="deep_embedding")(ids)
     deep = keras.layers.Concatenate(name="deep_input")([keras.layers.Flatten(name="flatten")(embedded), inputs])
     for i, width in enumerate(units):
         deep = keras.layers.Dense(width, activation="relu", name=f"deep{i}")(deep)
-    deep = keras.layers.Dense(schema.num_outputs, name="deep_output")(deep)
-    wide_sum = keras.layers.GlobalAveragePooling1D(name="wide_mean")(wide_buckets)
-    return keras.Model(inputs, keras.layers.Add(name="output")([wide, wide_sum, deep]), name="wide_deep")
+    deep = keras.layers.Dense(schema.num_outputs, dtype="float32", name="deep_output")(deep)
+    wide_sum = keras.layers.GlobalAveragePooling1D(dtype="float32", name="wide_mean")(wide_buckets)
+    return keras.Model(
+        inputs, keras.layers.Add(dtype="float32", name="output")([wide, wide_sum, deep]), name="wide_deep"
+    )
 
 
 @keras.saving.register_keras_serializable("archipelago")

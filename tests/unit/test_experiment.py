@@ -20,6 +20,7 @@ from shared.experiment import (
 
 # A valid experiment from which every single key can be changed, and what the keys with few values change to.
 BASE = {
+    "model.initial": "trained.keras",
     "optimizer.name": "sgd",
     "training.per_rank_batch_size": 8,
     "training.scale_learning_rate": True,
@@ -35,6 +36,8 @@ OTHER_TEXT = {
     "data.missing": "fill",
     "data.class_weights": "balanced",
     "data.delimiter": ";",
+    "model.precision": "mixed_bfloat16",
+    "model.adapter": "lora",
     "optimizer.name": "adamw",
     "training.aggregation": "adasum",
     "partition.kind": "dirichlet",

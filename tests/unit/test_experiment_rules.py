@@ -7,6 +7,11 @@ from shared.experiment import Experiment, Scalar, experiment_from_flat
 
 # Each rule: what breaks it, what its message must say, and each remedy that it names.
 RULES = {
+    "adapter": (
+        {"model.adapter": "lora"},
+        ["adapts a trained model", "'lora'", "no model.initial"],
+        [{"model.initial": "trained.keras"}, {"model.adapter": "none"}],
+    ),
     "held-out fractions": (
         {"data.test_fraction": 0.6, "data.validation_fraction": 0.5},
         ["below 1", "received 1.1"],  # 0.6 + 0.5
