@@ -98,11 +98,11 @@ def _load_npz(path: Path, task: str) -> Dataset:
     missing = {"x", "y"} - set(arrays)
     if missing:
         raise ValueError(
-            f"{path} must hold the arrays x and y (optional: sample_weight, num_classes); received "
+            f"{path} must hold the arrays x and y (optional: sample_weight, num_classes, classes, groups); received "
             f"{sorted(arrays) or 'no arrays'}. Write it with np.savez(path, x=..., y=...)."
         )
     x, y = arrays["x"], arrays["y"]
-    for name in {"x", "y", "sample_weight", "num_classes", "vocabulary_size"} & set(arrays):
+    for name in {"x", "y", "sample_weight", "num_classes", "vocabulary_size", "groups"} & set(arrays):
         if arrays[name].dtype.kind not in "fiub":
             raise ValueError(
                 f"{path}: {name} must be numeric; received dtype {arrays[name].dtype}. Encode text as numbers."
@@ -113,14 +113,23 @@ def _load_npz(path: Path, task: str) -> Dataset:
             f"{path}: x must have shape (n, ...) and y shape (n,) with the same n, or that of x; received "
             f"{x.shape} and {y.shape}."
         )
-    for name, shape in (("sample_weight", (len(y),)), ("num_classes", ()), ("vocabulary_size", ())):
+    of_each = (len(y),)
+    for name, shape in (("sample_weight", of_each), ("groups", of_each), ("num_classes", ()), ("vocabulary_size", ())):
         if name in arrays and arrays[name].shape != shape:
             raise ValueError(f"{path}: {name} must have shape {shape}; received {arrays[name].shape}. Or leave it out.")
     weight = arrays.get("sample_weight")
     declared = int(arrays["num_classes"]) if "num_classes" in arrays else None
     weight = None if weight is None else weight.astype(np.float32)
     dataset = _dataset(x.astype(np.int32 if ids else np.float32), y, task, str(path), declared, weight)
-    return replace(dataset, vocabulary_size=ids)
+    names = arrays.get("classes", np.array([], str))
+    if names.size and (
+        names.dtype.kind != "U" or names.shape != (dataset.num_classes,) or len(set(names)) < len(names)
+    ):
+        raise ValueError(
+            f"{path}: classes must be the different names of the {dataset.num_classes} classes; received {names!r}. "
+            "Or leave it out."
+        )
+    return replace(dataset, vocabulary_size=ids, groups=arrays.get("groups"), classes=tuple(map(str, names)))
 
 
 def _dataset(
@@ -191,4 +200,6 @@ def save_npz(path: Path, dataset: Dataset) -> None:
     """Writes the data set as an .npz file that `load_examples` reads back."""
     weight = {} if dataset.sample_weight is None else {"sample_weight": dataset.sample_weight}
     sizes = {name: np.int64(getattr(dataset, name)) for name in ("num_classes", "vocabulary_size")}
-    np.savez(path, allow_pickle=False, x=dataset.x, y=dataset.y, **sizes, **weight)
+    groups = {} if dataset.groups is None else {"groups": dataset.groups}
+    classes = {"classes": np.array(dataset.classes)} if dataset.classes else {}
+    np.savez(path, allow_pickle=False, x=dataset.x, y=dataset.y, **sizes, **weight, **groups, **classes)

@@ -1,6 +1,7 @@
 """Sequences of DNA."""
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from shared.data.biosequences import (
     simulate_promoters,
     write_fasta,
 )
+from shared.data.sources import load_examples, save_examples
 from shared.experiment import DataSection
 
 
@@ -125,3 +127,15 @@ def test_the_built_in_promoters_are_two_even_classes():
     assert isinstance(dataset, Dataset)
     assert (dataset.x.shape, dataset.num_classes) == ((2000, 60, 4), 2)
     assert np.bincount(dataset.y).tolist() == [1000, 1000]
+
+
+def test_named_classes_and_groups_survive_a_file_of_arrays(tmp_path: Path):
+    """What a silo's part of a built-in set is written to: the silos and the server must mean the same classes."""
+    dataset = replace(load_examples(DataSection(name="promoters")), groups=np.arange(2000) // 2)
+    read = load_examples(DataSection(name=str(save_examples(tmp_path / "part", dataset))))
+    assert read.schema == dataset.schema
+    assert read.classes == ("background", "promoter")
+    np.testing.assert_array_equal(read.groups, dataset.groups)
+    np.savez(tmp_path / "wrong.npz", x=read.x, y=read.y, classes=np.array(["one"]))
+    with pytest.raises(ValueError, match=r"wrong\.npz: classes must be the different names of the 2 classes; received"):
+        load_examples(DataSection(name=str(tmp_path / "wrong.npz")))
