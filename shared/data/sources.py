@@ -122,9 +122,8 @@ def _load_npz(path: Path, task: str) -> Dataset:
     weight = None if weight is None else weight.astype(np.float32)
     dataset = _dataset(x.astype(np.int32 if ids else np.float32), y, task, str(path), declared, weight)
     names = arrays.get("classes", np.array([], str))
-    if names.size and (
-        names.dtype.kind != "U" or names.shape != (dataset.num_classes,) or len(set(names)) < len(names)
-    ):
+    is_named = names.dtype.kind == "U" and names.shape == (dataset.num_classes,) and len(set(names)) == len(names)
+    if names.size and not is_named:
         raise ValueError(
             f"{path}: classes must be the different names of the {dataset.num_classes} classes; received {names!r}. "
             "Or leave it out."

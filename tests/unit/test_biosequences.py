@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.data import Dataset, load_examples
+from shared.data import Dataset
 from shared.data.biosequences import (
     MINUS_10,
     MINUS_35,
