@@ -165,18 +165,24 @@ def encode_table(table: Table, schema: Schema) -> Dataset:
         raise ValueError(
             f"{table.source} is a table; received the schema of other data: {schema}. Give all the same kind."
         )
-    numbers = table.frame[[column.name for column in columns.numbers]].to_numpy(np.float64)
+    x = encode_inputs(table.frame, columns)
+    weight = table.frame[table.roles.weight].to_numpy(np.float32) if table.roles.weight else None
+    return Dataset(x, _encode_target(table, schema), schema.num_classes, weight, groups=table.groups)
+
+
+def encode_inputs(frame: pd.DataFrame, columns: Columns) -> np.ndarray:
+    """A model's inputs, float32 (n, len(columns.inputs)), from a frame that has these columns."""
+    numbers = frame[[column.name for column in columns.numbers]].to_numpy(np.float64)
     means = np.array([column.mean for column in columns.numbers])
     numbers = np.where(np.isnan(numbers), means, numbers)
     if columns.scaled:
         numbers = (numbers - means) / np.array([column.std for column in columns.numbers])
     ones = [
-        table.frame[column.name].to_numpy()[:, None] == np.array(column.values, object)[None, :]
+        frame[column.name].to_numpy()[:, None] == np.array(column.values, object)[None, :]
         for column in columns.categories
     ]
-    x = np.concatenate([numbers, *ones], axis=1).astype(np.float32)
-    weight = table.frame[table.roles.weight].to_numpy(np.float32) if table.roles.weight else None
-    return Dataset(x, _encode_target(table, schema), schema.num_classes, weight, groups=table.groups)
+    inputs: np.ndarray = np.concatenate([numbers, *ones], axis=1).astype(np.float32)
+    return inputs
 
 
 def _encode_target(table: Table, schema: Schema) -> np.ndarray:
