@@ -99,7 +99,7 @@ class RunRecord:
         kept = [row for row in read_metrics(self.directory) if row[self.step_name] <= step]
         _write_atomically(self.directory / METRICS, _lines(kept))
         if (self.directory / SILOS).exists():
-            of_silos = [row for row in _rows(self.directory / SILOS) if row[self.step_name] <= step]
+            of_silos = [row for row in read_silos(self.directory) if row[self.step_name] <= step]
             _write_atomically(self.directory / SILOS, _lines(of_silos))
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._write_experiment()
@@ -156,6 +156,11 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         step = row[step_name_of(row)]
         rows[step] = row | rows.get(step, {})
     return [rows[step] for step in sorted(rows)]
+
+
+def read_silos(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a run's silos.jsonl, one per silo and round; none, if it is no federation."""
+    return [*_rows(directory / SILOS)]
 
 
 def step_name_of(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from shared.experiment import experiment_from_flat
 from shared.report import terminal_table, write_report
 
-VOID = {"meta", "path", "use", "rect"}
+VOID = {"meta", "link", "path", "use", "rect"}
 VERSIONS = {"python": "3.11.7", "keras": "3.15.1"}
 
 
@@ -69,6 +69,7 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.references: list[str] = []
         self.tables: list[list[list[tuple[str, str]]]] = []
+        self.captions: list[str] = []
         self.feed(self.html)
         self.close()
         assert self.open_tags == []
@@ -79,6 +80,8 @@ class Page(HTMLParser):
         self.references += [attributes[name] for name in ("src", "href", "xlink:href", "data") if name in attributes]
         if tag == "table":
             self.tables.append([])
+        elif tag == "caption":
+            self.captions.append("")
         elif tag == "tr":
             self.tables[-1].append([])
         elif tag in ("td", "th"):
@@ -96,15 +99,22 @@ class Page(HTMLParser):
             assert self.open_tags.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        if "caption" in self.open_tags:
+            self.captions[-1] += data
         if {"td", "th"} & set(self.open_tags):
             row = self.tables[-1][-1]
             row[-1] = (row[-1][0] + data, row[-1][1])
 
+    @property
+    def tables_by_caption(self) -> dict[str, list[list[str]]]:
+        texts = [[[text for text, _ in row] for row in table] for table in self.tables]
+        return dict(zip(self.captions, texts, strict=True))
+
     def result(self, column: str) -> list[str]:
-        """One column of the table of results, a best value between asterisks."""
+        """One column of the table of results, a best value with an asterisk."""
         header, *rows = self.tables[0]
         at = [text for text, _ in header].index(column)
-        return [f"*{text}*" if css == "best" else text for text, css in (row[at] for row in rows)]
+        return [text.replace(" (best)", "*") for text, _ in (row[at] for row in rows)]
 
     def curve(self, gid: str) -> list[tuple[float, float]]:
         """The points of one curve, in the units of its SVG."""
@@ -135,9 +145,9 @@ def run_module(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_page_is_one_file_without_scripts_or_anything_to_fetch(pair: Page) -> None:
     without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", pair.html)
-    assert not re.search(r"https?:|//\w|@import|url\((?!#)|<script|<link|<iframe", without_namespaces)
-    assert pair.references  # the SVG's own
-    assert all(reference.startswith("#") for reference in pair.references)
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)|<script|<iframe", without_namespaces)
+    assert pair.references  # the SVG's own, those of the sections, and no icon to look for
+    assert all(reference.startswith("#") or reference == "data:," for reference in pair.references)
     assert "<?xml" not in pair.html
     assert "<!DOCTYPE svg" not in pair.html
 
@@ -145,7 +155,7 @@ def test_the_page_is_one_file_without_scripts_or_anything_to_fetch(pair: Page) -
 def test_no_two_elements_of_the_page_share_an_id(pair: Page) -> None:
     assert len(pair.ids) > 10
     assert sorted(pair.ids) == sorted(set(pair.ids))
-    assert {reference.removeprefix("#") for reference in pair.references} <= set(pair.ids)
+    assert {reference.removeprefix("#") for reference in pair.references} - {"data:,"} <= set(pair.ids)
 
 
 def test_the_same_runs_give_the_same_page(tmp_path: Path, pair: Page) -> None:
@@ -165,7 +175,7 @@ def test_each_run_is_named_and_its_name_is_text(tmp_path: Path) -> None:
 def test_bars_have_long_and_foreign_names(tmp_path: Path) -> None:
     long = "federation_of_very_many_hospitals_run_"
     page = page_of(tmp_path, *(central_run(tmp_path / name) for name in (f"{long}1", f"{long}2", "病院")))
-    for shown in ("federation_o…any_hospitals_run_1", "federation_o…any_hospitals_run_2", "病院"):
+    for shown in ("federati…hospitals_run_1", "federati…hospitals_run_2", "病院"):
         assert f">{shown}</text>" in page.html
 
 
@@ -194,7 +204,7 @@ def test_only_runs_that_sent_bytes_are_drawn_against_bytes(tmp_path: Path, pair:
     assert len(pair.curve("bytes_sent-accuracy-test-run1")) == 4
     assert pair.curve("bytes_sent-accuracy-validation-run0") == []
     assert "accuracy by bytes sent" in pair.html
-    assert pair.html.count(">400 kB</text>") == 2  # on the axes of the curves and of the bars
+    assert pair.html.count(">500 kB</text>") == 2  # on the axes of the curves and of the bars
     alone = page_of(tmp_path, central_run(tmp_path / "a"))
     assert "by bytes sent" not in alone.html
     assert "accuracy by time" in alone.html
@@ -231,8 +241,8 @@ def test_the_best_test_values_are_marked(tmp_path: Path) -> None:
         central_run(tmp_path / "c", accuracy=0.95000001, loss=0.3),
     ]
     page = page_of(tmp_path, *runs)
-    assert page.result("test accuracy") == ["0.9000", "*0.9500*", "*0.9500*"]  # equal as far as they are shown
-    assert page.result("test loss") == ["nan", "*0.2000*", "0.3000"]
+    assert page.result("test accuracy") == ["0.9000", "0.9500*", "0.9500*"]  # equal as far as they are shown
+    assert page.result("test loss") == ["nan", "0.2000*", "0.3000"]
     assert page.result("validation loss") == ["0.4000"] * 3
     assert page_of(tmp_path, runs[0]).result("test accuracy") == ["0.9000"]  # the best of one
 
@@ -256,9 +266,76 @@ def test_only_settings_that_differ_are_listed(tmp_path: Path) -> None:
         central_run(tmp_path / "b", optimizer__learning_rate=0.01, run__directory="there"),
     ]
     page = page_of(tmp_path, *runs)
-    table = [[text for text, _ in row] for row in page.tables[1]]
-    assert table == [["setting", "a", "b"], ["optimizer.learning_rate", "0.1", "0.01"]]
-    assert len(page_of(tmp_path, runs[0]).tables) == 1
+    table = page.tables_by_caption["Settings that differ; marked: from those of the first run"]
+    assert table == [["setting", "a", "b"], ["optimizer.learning_rate", "0.1", "0.01 (differs)"]]
+    assert ["seed", "0", "0"] in page.tables_by_caption["All settings"]
+    alone = page_of(tmp_path, runs[0])
+    assert not [caption for caption in alone.tables_by_caption if caption.startswith("Settings that differ")]
+
+
+def federation_with_silos(directory: Path) -> Path:
+    """Two silos, of which one fails in round 2, and their judgements of each other's models."""
+    matrix = {"north": {"north": {"loss": 0.1, "accuracy": 0.9}, "south": {"loss": 0.5, "accuracy": 0.6}}, "south": {}}
+    confusion = {"classes": ["ill", "<well>"], "counts": [[7, 1], [0, 1200]]}
+    result = {"runtime": "flower", "num_silos": 2, "cross_site": matrix, "confusion": confusion}
+    rows = federated_rows(2)
+    rows[1]["failures"] = {"south": "its disk is full & more"}
+    run = make_run(directory, rows, {**result, "metrics": {"test": {"loss": 0.2}}})
+    silos = [
+        {"round": 1, "silo": "north", "num_examples": 1500, "train": {"loss": 2.0}, "validation": {}, "seconds": 4.0},
+        {"round": 1, "silo": "south", "num_examples": 20, "train": {"loss": 3.0}, "validation": {}, "seconds": 1.0},
+        {"round": 2, "silo": "north", "num_examples": 1500, "train": {"loss": 1.0}, "validation": {}, "seconds": 6.0},
+    ]
+    (run / "silos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in silos))
+    return run
+
+
+def test_each_silo_of_a_federation_has_a_row(tmp_path: Path) -> None:
+    page = page_of(tmp_path, central_run(tmp_path / "a"), federation_with_silos(tmp_path / "b"))
+    header = ["silo", "rounds", "training examples", "train loss, last", "seconds per round, median", "rounds failed"]
+    assert page.tables_by_caption["Silos of b"] == [
+        header,
+        ["north", "2", "1,500", "1.0000", "5.0000", "0"],
+        ["south", "1", "20", "3.0000", "1.0000", "1: its disk is full & more"],
+    ]
+    assert "Silos of a" not in page.captions
+
+
+def test_who_judged_whose_model_and_which_classes_were_taken_for_which(tmp_path: Path) -> None:
+    page = page_of(tmp_path, federation_with_silos(tmp_path / "b"))
+    judged = page.tables_by_caption["b: accuracy of each silo's model (rows) on each silo's data (columns)"]
+    assert judged == [["model of", "north", "south"], ["north", "0.9000", "0.6000"], ["south", "-", "-"]]
+    assert '--share:100%" class="share">0.9000' in page.html
+    assert '--share:0%" class="share">0.6000' in page.html
+    confused = page.tables_by_caption["b: test examples by true class (rows) and predicted class (columns)"]
+    assert confused == [["true", "ill", "<well>"], ["ill", "7", "1"], ["<well>", "·", "1,200"]]
+    assert '--share:88%" class="share">7<' in page.html  # of the 8 that are ill
+
+
+def test_a_language_model_shows_how_it_goes_on(tmp_path: Path) -> None:
+    sample = {"prompt": "The <import> ", "text": "statement & all"}
+    run = make_run(tmp_path / "lm", federated_rows(1), {"runtime": "single", "metrics": {}, "sample": sample})
+    assert "<b>The &lt;import&gt; </b>statement &amp; all</pre>" in page_of(tmp_path, run).html
+
+
+def test_the_values_of_the_curves_stand_beside_them(pair: Page) -> None:
+    values = pair.tables_by_caption["accuracy by epoch or round"]
+    assert values[0] == ["epoch or round", "a test", "a train", "a validation", "b test"]
+    assert values[1] == ["1", "-", "0.3000", "0.2800", "0.2000"]
+    assert values[4] == ["4", "-", "-", "-", "0.8000"]
+
+
+def test_a_long_curve_has_a_short_table_which_ends_with_the_last_step(tmp_path: Path) -> None:
+    page = page_of(tmp_path, central_run(tmp_path / "a", epochs=500))
+    steps = [row[0] for row in page.tables_by_caption["loss by epoch"][1:]]
+    assert 50 < len(steps) <= 61
+    assert (steps[0], steps[-1]) == ("1", "500")
+
+
+def test_long_runs_are_drawn_in_minutes_or_hours(tmp_path: Path) -> None:
+    page = page_of(tmp_path, central_run(tmp_path / "a", epochs=500))  # 750 s
+    assert "time (min)" in page.html
+    assert "time (s)" not in page.html
 
 
 def test_versions_stand_at_the_foot(tmp_path: Path) -> None:
