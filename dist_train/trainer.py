@@ -16,8 +16,9 @@ from dist_train.keras_horovod import broadcast_variables, bytes_sent, distribute
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.data import Dataset, Schema, Splits, load_examples, shard, split
 from shared.experiment import Experiment
+from shared.mlflow_record import make_record
 from shared.outcome import outcome
-from shared.run_record import CHECKPOINT, NullRecord, Record, RunRecord
+from shared.run_record import CHECKPOINT, NullRecord, Record
 from shared.training import (
     EpochBatches,
     LearningRate,
@@ -46,7 +47,7 @@ def train(experiment: Experiment, communicator: Communicator, verbose: int = 0) 
     job = agree(communicator, lambda: _build(experiment, communicator))
     check_same_examples(communicator, job.splits.train.sha256())
     runtime = "horovod" if communicator.world_size > 1 else "single"
-    writer: Record = RunRecord(experiment, runtime, step_name="epoch")
+    writer: Record = make_record(experiment, runtime, step_name="epoch")
     record = communicator.on_root(writer, NullRecord(experiment.run_directory))
     agree(communicator, record.open)
     if not experiment.run.resume:

@@ -18,7 +18,7 @@ from shared.data.schema import check_same_kind, merge_schemas
 from shared.experiment import DataSection, Experiment
 from shared.metrics import describe, merge_means
 from shared.outcome import outcome
-from shared.run_record import CHECKPOINT, RunRecord
+from shared.run_record import CHECKPOINT, Record
 from shared.training import compile_model, evaluate, evaluation_batches
 from shared.weights import Weights, add, num_bytes
 from shared.zoo import build_model
@@ -71,7 +71,7 @@ class ServerState:
     best: Best = field(default_factory=Best)
 
 
-def run_federation(experiment: Experiment, exchange: Exchange, record: RunRecord) -> dict[str, Any]:
+def run_federation(experiment: Experiment, exchange: Exchange, record: Record) -> dict[str, Any]:
     """Runs the rounds of the experiment and returns the result.
 
     Guarantees: the result does not depend on the order in which silos answer; a run resumed after any round ends
@@ -95,7 +95,7 @@ class Federation:
 
     experiment: Experiment
     exchange: Exchange
-    record: RunRecord
+    record: Record
     silos: Mapping[str, SiloEntry]
     schema: Schema
     model: keras.Model
@@ -306,7 +306,7 @@ def server_test_split(experiment: Experiment) -> Table | Dataset | None:
     return test
 
 
-def _save(experiment: Experiment, record: RunRecord, state: ServerState) -> None:
+def _save(experiment: Experiment, record: Record, state: ServerState) -> None:
     moments = {name: getattr(state.optimizer, name) for name in MOMENTS}
     arrays = {"weights": state.weights, **moments, "best": state.best.weights}
     best = {"round": state.best.round, "loss": state.best.loss, "evaluations_since": state.best.evaluations_since}
@@ -315,7 +315,7 @@ def _save(experiment: Experiment, record: RunRecord, state: ServerState) -> None
     save_checkpoint(record.directory / CHECKPOINT, experiment, Checkpoint(arrays, meta))
 
 
-def _restore(experiment: Experiment, record: RunRecord) -> ServerState:
+def _restore(experiment: Experiment, record: Record) -> ServerState:
     checkpoint = load_checkpoint(record.directory / CHECKPOINT, experiment, "weights")
     arrays = {name: [np.asarray(array) for array in group] for name, group in checkpoint.arrays.items()}
     meta = checkpoint.meta

@@ -12,7 +12,7 @@ from fl_app.rounds import run_federation
 from fl_app.strategy_run import run_strategy
 from shared.experiment import experiment_from_flat
 from shared.metrics import describe
-from shared.run_record import RunRecord
+from shared.mlflow_record import make_record
 
 app = ServerApp()
 
@@ -21,7 +21,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     try:
         experiment = experiment_from_flat(context.run_config)
-        record = RunRecord(experiment, "flower", step_name="round")
+        record = make_record(experiment, "flower", step_name="round")
         exchange = FlowerExchange(grid, experiment.federation.silo_timeout_s)
         exchange.open()
         if experiment.federation.strategy:

@@ -20,12 +20,12 @@ from fl_app.rounds import Exchange, common_schema, server_test_split
 from shared.data import encode
 from shared.experiment import Experiment
 from shared.metrics import describe
-from shared.run_record import RunRecord
+from shared.run_record import Record
 from shared.training import compile_model, evaluate, evaluation_batches
 from shared.zoo import build_model, parse_options
 
 
-def run_strategy(experiment: Experiment, grid: Grid, exchange: Exchange, record: RunRecord) -> dict[str, Any]:
+def run_strategy(experiment: Experiment, grid: Grid, exchange: Exchange, record: Record) -> dict[str, Any]:
     """Runs the experiment's rounds by its strategy; the result. Raises ValueError as `run_federation` does."""
     record.check()
     strategy = make_strategy(experiment)

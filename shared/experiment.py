@@ -138,6 +138,7 @@ class RunSection(Section):
     directory: str = ""  # empty: runs/<name>
     resume: bool = False
     tensorboard: bool = False
+    mlflow: str = ""  # an MLflow server that gets a copy of the record: http://host:5000, sqlite:///mlflow.db
 
 
 class Experiment(Section):
