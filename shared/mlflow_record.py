@@ -130,7 +130,8 @@ class MlflowRecord:
         except Exception as error:
             self.is_lost = True
             print(
-                f"MLflow at {self.experiment.run.mlflow} gets no more of this run ({str(error)[:200].splitlines()[0]}); "
+                f"MLflow at {self.experiment.run.mlflow} gets no more of this run "
+                f"({str(error)[:200].splitlines()[0]}); "
                 f"its record in {self.directory} goes on",
                 file=sys.stderr,
                 flush=True,
