@@ -13,6 +13,7 @@ import numpy as np
 from dist_train.collectives import Communicator, agree, check_same_examples
 from dist_train.gradients import Aggregation
 from dist_train.keras_horovod import broadcast_variables, bytes_sent, distribute
+from shared.augmentation import augmentation_of
 from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.data import Dataset, Schema, Splits, load_examples, shard, split
 from shared.experiment import Experiment
@@ -153,7 +154,14 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
         )
     rank, world_size = communicator.rank, communicator.world_size
     batch_size = global_batch_size(experiment, world_size, len(splits.train))
-    batches = EpochBatches(splits.train, batch_size, experiment.seed, rank=rank, world_size=world_size)
+    batches = EpochBatches(
+        splits.train,
+        batch_size,
+        experiment.seed,
+        rank=rank,
+        world_size=world_size,
+        augmentation=augmentation_of(experiment.data, splits.schema.input_shape),
+    )
     model = build_model(experiment.model, splits.schema, experiment.seed)
     compile_for_ranks(model, experiment, splits.schema, len(batches), communicator)
     model.optimizer.build(model.trainable_variables)

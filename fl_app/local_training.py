@@ -162,6 +162,7 @@ def prepare_trainer(
     silo: Silo, schema: Schema, experiment: Experiment, make_ranks: Callable[[], Ranks] = alone
 ) -> LocalTrainer:
     """Compiles the experiment's model for a silo, whose examples the federation's schema makes into inputs."""
+    from shared.augmentation import augmentation_of  # TensorFlow
     from shared.training import EpochBatches, evaluation_batches  # Keras
     from shared.zoo import build_model
 
@@ -171,7 +172,15 @@ def prepare_trainer(
     seen = encode(silo.validation, schema)
     config = experiment.model.model_copy(update={"initial": ""})  # the server's weights replace any initial ones
     batch_size = experiment.federation.local_batch_size
-    batches = EpochBatches(train, batch_size, experiment.seed, owner=silo.name, rank=rank, world_size=world_size)
+    batches = EpochBatches(
+        train,
+        batch_size,
+        experiment.seed,
+        owner=silo.name,
+        rank=rank,
+        world_size=world_size,
+        augmentation=augmentation_of(experiment.data, schema.input_shape),
+    )
     _check_batches(batches)
     model = build_model(config, schema, experiment.seed)
     ranks.compile(model, experiment, schema, len(batches))
@@ -234,7 +243,10 @@ class Workbench:
         return LocalResult(len(silo.train), len(silo.validation), metrics, validation, update, seconds)
 
 
-def _stamp(source: str) -> tuple[int, int] | None:
-    """What changes when the file does; None for a built-in set."""
+def _stamp(source: str) -> tuple[int, ...] | None:
+    """What changes when the file does, or a file of the folder; None for a built-in set."""
     path = Path(source)
-    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+    if not path.exists():
+        return None
+    found = [each.stat() for each in sorted(path.rglob("*")) or [path]]
+    return tuple(number for stat in found for number in (stat.st_mtime_ns, stat.st_size))

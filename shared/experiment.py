@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """Which examples. `name` is a built-in set, or the path of a file. Columns are named as in CSV: "age, sex"."""
+    """Which examples. `name`: built-in, a path, `keras:NAME` or `hf:NAME`. Columns are named as in CSV: "age, sex"."""
 
     name: str = "digits"
     label: str = "label"  # the column that holds the target: of numbers, or of names of classes
@@ -43,6 +43,8 @@ class DataSection(Section):
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","  # of CSV files
     encoding: str = "utf-8"  # of text files
     sequence_length: Annotated[int, Field(ge=2)] = 128  # ids of an example of text
+    image_size: str = ""  # HEIGHTxWIDTH to which images of a folder are resized; empty: all have one size
+    augmentation: str = ""  # of training images: "flip", "shift" or "flip, shift"
     test_fraction: Fraction = 0.2
     validation_fraction: Fraction = 0.1
 

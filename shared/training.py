@@ -13,11 +13,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from shared.augmentation import Augmentation, augment
 from shared.data import Dataset, Schema
 from shared.experiment import Experiment, OptimizerSection, nearest_names
 from shared.seeding import rng_for
 
 EVALUATION_BATCH_SIZE = 256
+NO_AUGMENTATION = Augmentation()
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 
 
@@ -98,19 +100,30 @@ def batch_slices(num_examples: int, batch_size: int) -> list[slice]:
 class EpochBatches:
     """A rank's batches of an epoch: (x, y[, sample_weight]) in an order determined by (seed, owner, epoch).
 
+    `augmentation` is of images, and depends on the example and the epoch alone.
+
     The order is one random permutation of all examples per epoch, cut into global batches; each rank takes its part of
     every global batch. So every example is seen exactly once per epoch over all ranks, and the global batches do not
     depend on the number of ranks (sizes of the ranks' parts differ by at most one).
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, owner: str = "", rank: int = 0, world_size: int = 1
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        owner: str = "",
+        rank: int = 0,
+        world_size: int = 1,
+        augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         self.dataset = dataset
+        self.augmentation = augmentation
         self.seed, self.owner = seed, owner
         self.rank, self.world_size = rank, world_size
         self.slices = batch_slices(len(dataset), batch_size)
         self._order_in_graphs: tf.Variable | None = None  # what `as_tf_dataset` gathers: this rank's examples in order
+        self._drawn_in_graphs: tf.Variable | None = None  # how it augments each of them
         self._in_graphs: tf.data.Dataset | None = None
         self.start_epoch(0)
 
@@ -119,6 +132,11 @@ class EpochBatches:
         self.order = rng_for(self.seed, "epoch order", self.owner, epoch).permutation(len(self.dataset))
         if self._order_in_graphs is not None:
             self._order_in_graphs.assign(np.concatenate([self.indices(step) for step in range(len(self))]))
+        if self.augmentation:
+            n, shape = len(self.dataset), self.dataset.x.shape[1:]
+            self.drawn = self.augmentation.draw(n, shape, self.seed, self.owner, epoch)
+            if self._drawn_in_graphs is not None:
+                self._drawn_in_graphs.assign(self.drawn)
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -128,7 +146,9 @@ class EpochBatches:
         return np.array_split(self.order[self.slices[step]], self.world_size)[self.rank]
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, ...]:
-        return as_fit_data(self.dataset.take(self.indices(step)))
+        indices = self.indices(step)
+        x, *others = as_fit_data(self.dataset.take(indices))
+        return (augment(x, self.drawn[indices]).numpy() if self.augmentation else x, *others)
 
     def as_tf_dataset(self) -> tf.data.Dataset:
         """The same batches, gathered by TensorFlow beside the training: a pass is one epoch. Always the same object."""
@@ -142,10 +162,13 @@ class EpochBatches:
         with tf.device("CPU:0"):
             arrays = tuple(tf.convert_to_tensor(array) for array in as_fit_data(self.dataset))
             self._order_in_graphs = order = tf.Variable(np.concatenate(parts), trainable=False)
+            if self.augmentation:
+                self._drawn_in_graphs = drawn = tf.Variable(self.drawn, trainable=False)
 
         def gather(start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, ...]:
             indices = order[start:stop]
-            return tuple(tf.gather(array, indices) for array in arrays)
+            x, *others = (tf.gather(array, indices) for array in arrays)
+            return (augment(x, tf.gather(drawn, indices)) if self.augmentation else x, *others)
 
         options = tf.data.Options()
         options.autotune.enabled = False  # nothing to tune, and the end of each pass waits for its thread: up to a pass

@@ -41,12 +41,22 @@ def partition_indices(config: PartitionSection, labels: np.ndarray, num_silos: i
 
 
 def partition(config: PartitionSection, pool: E, num_silos: int, seed: int) -> list[E]:
-    """The silos' examples; see `partition_indices`."""
+    """The silos' examples; see `partition_indices`. Groups stay whole: they are dealt, each as its commonest class."""
     labels = pool.labels
     if config.kind in ("dirichlet", "pathological") and labels is None:
         raise ValueError(f"partition.kind = {config.kind!r} splits by class; this data has none. Use 'iid' or 'size'.")
     labels = np.zeros(len(pool), np.int32) if labels is None else labels
-    return [pool.take(indices) for indices in partition_indices(config, labels, num_silos, seed)]
+    if pool.groups is None:
+        return [pool.take(indices) for indices in partition_indices(config, labels, num_silos, seed)]
+    names, group_of = np.unique(pool.groups, return_inverse=True)
+    if len(names) < num_silos:
+        raise ValueError(
+            f"Groups stay whole (data.group): there must be one for each silo; received {len(names)} groups for "
+            f"{num_silos} silos. Choose fewer silos."
+        )
+    classes = np.array([np.bincount(labels[group_of == i]).argmax() for i in range(len(names))], np.int32)
+    dealt = partition_indices(config, classes, num_silos, seed)
+    return [pool.take(np.flatnonzero(np.isin(group_of, groups))) for groups in dealt]
 
 
 def _sizes(config: PartitionSection, num_silos: int) -> list[int]:

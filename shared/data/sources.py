@@ -11,6 +11,8 @@ import numpy as np
 from shared.data.biosequences import read_sequences, sequences_dataset, simulate_promoters
 from shared.data.dataset import Dataset
 from shared.data.files import READERS, check_exists, read_csv, read_header
+from shared.data.folders import read_folder
+from shared.data.hubs import is_on_hub, read_hub
 from shared.data.preparation import encode, fit_schema
 from shared.data.tables import MAX_CLASSES, TASK, Table, assign_roles, make_table
 from shared.data.texts import documentation_topics, language_model_dataset
@@ -68,10 +70,15 @@ def load_examples(config: DataSection) -> Table | Dataset:
     path = Path(config.name)
     if config.name in BUILTIN_SETS:
         return _checked(BUILTIN_SETS[config.name](config), config)
+    if is_on_hub(config.name):
+        return _checked(read_hub(config), config)
+    if path.is_dir():
+        return _checked(read_folder(path, config), config)
     if path.suffix not in FILES:
         raise ValueError(
-            f"data.name must be a built-in set or the path of a file of the kinds {', '.join(FILES)}; received "
-            f"{config.name!r}. Nearest: {', '.join(nearest_names(config.name, BUILTIN_SETS))}."
+            f"data.name must be a built-in set, the path of a folder or of a file of the kinds {', '.join(FILES)}, "
+            f"keras:NAME or hf:NAME; received {config.name!r}. Nearest: "
+            f"{', '.join(nearest_names(config.name, BUILTIN_SETS))}."
         )
     check_exists(path)
     if path.suffix == ".npz":

@@ -19,11 +19,14 @@ import tensorflow as tf
 import dist_train.keras_horovod as hvk
 from dist_train.collectives import AgreedError, Communicator
 from dist_train.trainer import train
+from shared.augmentation import Augmentation
 from shared.data import Dataset, Schema
+from shared.data.texts import language_model_dataset
 from shared.experiment import experiment_from_flat
 from shared.training import EpochBatches, StartEpoch, fit_epochs
 from shared.weights import max_difference
-from shared.zoo import wide_deep
+from shared.zoo import autoencoder, cnn, transformer, wide_deep
+from shared.zoo.adapters import enable_adapters
 
 NUM_FEATURES, NUM_CLASSES = 6, 3
 GLOBAL_BATCH_SIZE = 24
@@ -44,6 +47,12 @@ def mlp(**output_options: object) -> keras.Model:
     inputs = keras.Input((NUM_FEATURES,))
     hidden = layers.Dense(16, activation="tanh")(inputs)
     return keras.Model(inputs, layers.Dense(NUM_CLASSES, **output_options)(hidden))
+
+
+def adapted_mlp() -> keras.Model:
+    model = mlp()
+    enable_adapters(model, rank=2)
+    return model
 
 
 def embeddings() -> keras.Model:
@@ -230,6 +239,25 @@ CASES["per_tensor"] = (mlp, lambda: optimizers.Adam(0.01), cross_entropy(), UNEV
 CASES["predivided"] = (mlp, lambda: optimizers.Adam(0.01), cross_entropy(), UNEVEN, 1)
 CASES["clipped"] = (mlp, lambda: optimizers.SGD(0.3, global_clipnorm=0.3), cross_entropy(), UNEVEN, 1)
 CASES["warmup"] = (mlp, lambda: optimizers.SGD(0.3, momentum=0.9), cross_entropy(), make_data(), 1)
+AUTO = replace(UNEVEN, y=UNEVEN.x, num_classes=0)
+LETTERS = language_model_dataset([" ".join(str(number) for number in range(700))], sequence_length=12)
+IMAGES = replace(UNEVEN, x=np.random.default_rng(5).normal(size=(229, 8, 8, 1)).astype(np.float32))
+CASES["language_model"] = (
+    lambda: transformer.build_language_model(LETTERS.schema, dim=16, num_heads=2, num_layers=1),
+    lambda: optimizers.Adam(0.003),
+    cross_entropy(),
+    LETTERS,
+    1,
+)
+CASES["autoencoder"] = (
+    lambda: autoencoder.build(AUTO.schema, units=[4]),
+    lambda: optimizers.SGD(0.1, momentum=0.9),
+    "mse",
+    AUTO,
+    1,
+)
+CASES["adapters"] = (adapted_mlp, lambda: optimizers.Adam(0.01), cross_entropy(), UNEVEN, 1)
+CASES["augmentation"] = (lambda: cnn.build(IMAGES.schema), lambda: optimizers.SGD(0.1), cross_entropy(), IMAGES, 1)
 CASES["mixed_precision"] = (
     lambda: mlp(dtype="mixed_float16"),
     lambda: optimizers.LossScaleOptimizer(optimizers.SGD(0.1), initial_scale=2.0**8),
@@ -289,14 +317,21 @@ def run_case(case: Case, communicator: Communicator, folder: Path, name: str) ->
     model.compile(
         make_optimizer(),
         loss,
-        metrics=None if name in ("two_outputs",) else [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        metrics=None
+        if name in ("two_outputs", "autoencoder")
+        else [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         steps_per_execution=steps_per_execution,
         jit_compile=False,
     )
     if name != "own_loop":
         hvk.distribute(model, **DISTRIBUTE_OPTIONS.get(name, {}))
     batches = EpochBatches(
-        dataset, GLOBAL_BATCH_SIZE, seed=3, rank=communicator.rank, world_size=communicator.world_size
+        dataset,
+        GLOBAL_BATCH_SIZE,
+        seed=3,
+        rank=communicator.rank,
+        world_size=communicator.world_size,
+        augmentation=Augmentation(flip=name == "augmentation", shift=name == "augmentation"),
     )
     validation = dataset.take(np.array_split(np.arange(50), communicator.world_size)[communicator.rank])
     history = own_loop(model, batches, communicator) if name == "own_loop" else fit(model, batches, validation, name)

@@ -25,7 +25,7 @@ CONFINED = {
         "fl_app/strategies.py",
         "fl_app/strategy_run.py",
     },
-    "flwr_datasets": {"shared/data/partition.py"},
+    "flwr_datasets": {"shared/data/partition.py", "shared/data/hubs.py"},
 }
 BRIDGE = ("fl_app/silo/cluster.py", "dist_train.launch")  # a silo that is a cluster: the one meeting of both engines
 LAUNCHERS_DOOR = "dist_train/collectives.py"  # the only one to know of ranks and of what a launcher sets

@@ -181,3 +181,22 @@ def test_numbers_cannot_be_split_by_class(kind: str):
     with pytest.raises(ValueError, match=rf"'{kind}' splits by class; this data has none\. Use 'iid' or 'size'"):
         partition(PartitionSection(kind=kind), diabetes, 3, 0)
     assert sum(map(len, partition(PartitionSection(kind="iid"), diabetes, 3, 0))) == len(diabetes)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+def test_groups_are_never_at_two_silos(kind: str):
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 30, 400)
+    y = (groups % 3).astype(np.int32)
+    pool = Dataset(np.arange(400, dtype=np.float32)[:, None], y, 3, groups=groups)
+    parts = partition(PartitionSection(kind=kind), pool, 4, seed=1)
+    assert sorted(np.concatenate([part.x.ravel() for part in parts])) == list(range(400))
+    of_silo = [set(part.groups) for part in parts]
+    assert sum(map(len, of_silo)) == len(set.union(*of_silo)) == 30
+    assert min(map(len, parts)) > 0
+
+
+def test_there_must_be_a_group_for_each_silo():
+    pool = Dataset(np.zeros((10, 1), np.float32), np.zeros(10, np.int32), 1, groups=np.arange(10) % 2)
+    with pytest.raises(ValueError, match="one for each silo; received 2 groups for 3 silos"):
+        partition(PartitionSection(), pool, 3, seed=0)

@@ -1,0 +1,103 @@
+"""Data sets of keras.datasets and of Hugging Face: real loading code; without the network one clear sentence."""
+
+from pathlib import Path
+
+import datasets
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.data import Dataset, Table, load_dataset, load_examples
+from shared.data.texts import PAD
+from shared.experiment import DataSection
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, and no cache of an earlier download."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(keras.src.utils.file_utils.config, "keras_home", lambda: str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", ["keras:cifar10", "hf:an-owner/a-set"])
+def test_without_the_network_one_sentence_says_so(name: str):
+    message = f"data.name = '{name}' could not be fetched: .* It needs the network once"
+    with pytest.raises(ValueError, match=message) as found:
+        load_examples(DataSection(name=name))
+    assert "\n" not in str(found.value)
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(ValueError, match=r"keras.datasets has no such set. Nearest: cifar10"):
+        load_examples(DataSection(name="keras:cifar_10"))
+
+
+def test_images_of_keras_are_scaled_and_both_parts_are_used(monkeypatch: pytest.MonkeyPatch):
+    """What load_data returns, by the documentation of keras.datasets, for each kind of set."""
+    pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+    parts = (pixels, np.array([[1], [2]])), (pixels[:1], np.array([[9]]))
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda: parts)
+    examples = load_dataset(DataSection(name="keras:mnist"))
+    assert examples.x.shape == (3, 4, 4, 1)
+    assert examples.x.max() == np.float32(31 / 255)
+    assert (examples.y.tolist(), examples.num_classes) == ([1, 2, 9], 10)
+
+
+def test_texts_of_keras_are_numbers_of_words(monkeypatch: pytest.MonkeyPatch):
+    x = np.array([[1, 5, 7], [1, 2]], dtype=object)
+    y = np.array([0, 1])
+    monkeypatch.setattr(keras.datasets.imdb, "load_data", lambda num_words: ((x, y), (x[:1], y[:1])))
+    examples = load_dataset(DataSection(name="keras:imdb", sequence_length=2))
+    assert examples.x.tolist() == [[1, 5], [1, 2], [1, 5]]
+    assert load_dataset(DataSection(name="keras:imdb", sequence_length=3)).x[1].tolist() == [1, 2, 10_000]
+    assert examples.vocabulary_size == 10_001
+
+
+def test_numbers_of_keras_are_scaled(monkeypatch: pytest.MonkeyPatch):
+    x, y = np.array([[1.0], [3.0]]), np.array([10.0, 30.0])
+    monkeypatch.setattr(keras.datasets.boston_housing, "load_data", lambda: ((x, y), (x, y)))
+    examples = load_dataset(DataSection(name="keras:boston_housing"))
+    assert examples.x.ravel().tolist() == examples.y.tolist() == [-1.0, 1.0, -1.0, 1.0]
+
+
+def saved(folder: Path, columns: dict, **features: object) -> str:
+    """A data set as Hugging Face's own library writes it, read from this disk instead of the hub."""
+    folder.mkdir()
+    datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(folder / "train.parquet")
+    return f"hf:{folder}"
+
+
+def test_tables_of_hugging_face_have_roles(tmp_path: Path):
+    columns = {"age": [30, 40, 50], "sex": ["f", "m", "f"], "label": ["ill", "well", "ill"]}
+    value = datasets.Value
+    name = saved(tmp_path / "t", columns, age=value("int64"), sex=value("string"), label=value("string"))
+    examples = load_examples(DataSection(name=name, categorical="sex"))
+    assert isinstance(examples, Table)
+    assert load_dataset(DataSection(name=name, categorical="sex")).classes == ("ill", "well")
+
+
+def test_images_of_hugging_face_are_read(tmp_path: Path):
+    images = [Image.new("RGB", (3, 2), (255, 0, 51)), Image.new("RGB", (3, 2))]
+    features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    name = saved(tmp_path / "i", {"img": images, "label": [1, 0]}, **features)
+    examples = load_examples(DataSection(name=name))
+    assert isinstance(examples, Dataset)
+    assert examples.x.shape == (2, 2, 3, 3)
+    assert examples.x[0, 0, 0].tolist() == [1.0, 0.0, np.float32(0.2)]
+    assert (examples.y.tolist(), examples.classes) == ([1, 0], ("cat", "dog"))
+
+
+def test_texts_of_hugging_face_are_bytes(tmp_path: Path):
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(num_classes=3)}
+    name = saved(tmp_path / "x", {"text": ["ab", "c"], "label": [2, 0]}, **features)
+    examples = load_dataset(DataSection(name=f"{name}#train", sequence_length=2))
+    assert examples.x.tolist() == [[97, 98], [99, PAD]]
+    assert examples.num_classes == 3
+    with pytest.raises(ValueError, match=r"has no column 'class' \(data.label\); its columns are 'text', 'label'"):
+        load_examples(DataSection(name=name, label="class"))
+    with pytest.raises(ValueError, match=r"could not be fetched: .*validation"):
+        load_examples(DataSection(name=f"{name}#validation"))
