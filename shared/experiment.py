@@ -45,6 +45,8 @@ class DataSection(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 128  # ids of an example of text
     image_size: str = ""  # HEIGHTxWIDTH to which images of a folder are resized; empty: all have one size
     augmentation: str = ""  # of training images: "flip", "shift" or "flip, shift"
+    stream: bool = False  # Parquet and TFRecord: the features stay on disk, encoded, and are read by batches
+    cache: str = ""  # the directory where they are kept; empty: .encoded beside the file
     test_fraction: Fraction = 0.2
     validation_fraction: Fraction = 0.1
 

@@ -6,7 +6,7 @@ examples and what happens to the gradient or to the weights afterwards.
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from shared.augmentation import Augmentation, augment
 from shared.data import Dataset, Schema
+from shared.data.rows import Rows
 from shared.experiment import Experiment, OptimizerSection, nearest_names
 from shared.seeding import rng_for
 
@@ -160,14 +161,14 @@ class EpochBatches:
         parts = [self.indices(step) for step in range(len(self))]
         bounds = np.cumsum([0, *map(len, parts)])  # the same in every epoch
         with tf.device("CPU:0"):
-            arrays = tuple(tf.convert_to_tensor(array) for array in as_fit_data(self.dataset))
+            readers = [_reader(array) for array in as_fit_data(self.dataset)]
             self._order_in_graphs = order = tf.Variable(np.concatenate(parts), trainable=False)
             if self.augmentation:
                 self._drawn_in_graphs = drawn = tf.Variable(self.drawn, trainable=False)
 
         def gather(start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, ...]:
             indices = order[start:stop]
-            x, *others = (tf.gather(array, indices) for array in arrays)
+            x, *others = (read(indices) for read in readers)
             return (augment(x, tf.gather(drawn, indices)) if self.augmentation else x, *others)
 
         options = tf.data.Options()
@@ -209,8 +210,7 @@ def fit_epochs(
         batches.as_tf_dataset(),
         initial_epoch=first_epoch,
         epochs=last_epoch,
-        validation_data=None if not validation else as_fit_data(validation),
-        validation_batch_size=EVALUATION_BATCH_SIZE,
+        validation_data=evaluation_batches(validation) if validation else None,
         callbacks=[StartEpoch(batches), *callbacks],
         shuffle=False,
         verbose=verbose,
@@ -222,8 +222,22 @@ def evaluation_batches(dataset: Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
     options.autotune.enabled = False
     with tf.device("CPU:0"):
-        examples = tf.data.Dataset.from_tensor_slices(as_fit_data(dataset))
-    return examples.batch(EVALUATION_BATCH_SIZE).with_options(options)
+        if isinstance(dataset.x, Rows):
+            readers = [_reader(array) for array in as_fit_data(dataset)]
+            numbers = tf.data.Dataset.range(len(dataset)).batch(EVALUATION_BATCH_SIZE)
+            batches = numbers.map(lambda indices: tuple(read(indices) for read in readers))
+        else:
+            batches = tf.data.Dataset.from_tensor_slices(as_fit_data(dataset)).batch(EVALUATION_BATCH_SIZE)
+    return batches.with_options(options)
+
+
+def _reader(array: np.ndarray | Rows) -> Callable[[tf.Tensor], tf.Tensor]:
+    """From indices to these rows of an array, in memory or in a file, within TensorFlow's graphs."""
+    if isinstance(array, Rows):
+        shape = (None, *array.shape[1:])
+        return lambda indices: tf.ensure_shape(tf.numpy_function(array.__getitem__, [indices], tf.float32), shape)
+    tensor = tf.convert_to_tensor(array)
+    return lambda indices: tf.gather(tensor, indices)
 
 
 def evaluate(model: keras.Model, dataset: Dataset | tf.data.Dataset) -> dict[str, float]:
@@ -233,7 +247,7 @@ def evaluate(model: keras.Model, dataset: Dataset | tf.data.Dataset) -> dict[str
     return {name: float(value) for name, value in results.items()}
 
 
-def as_fit_data(dataset: Dataset) -> tuple[np.ndarray, ...]:
+def as_fit_data(dataset: Dataset) -> tuple[Any, ...]:
     """(x, y) or (x, y, sample_weight), as Keras takes them."""
     weight = () if dataset.sample_weight is None else (dataset.sample_weight,)
     return (dataset.x, dataset.y, *weight)

@@ -1,24 +1,27 @@
 """The data set as a value: arrays and their schema."""
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
+from shared.data.rows import Rows
 from shared.data.schema import Schema
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples in memory.
+    """Examples in memory, but for x where that is in a file.
 
     x: float32, or int32 ids if there is a vocabulary, shape (n, *input_shape). y: int32 class ids or float32 numbers,
     shape (n, *target_shape). sample_weight: float32 of shape (n,), or None for equal weights. groups: int, shape (n,):
     examples of one group belong together.
     """
 
-    x: np.ndarray
+    x: np.ndarray  # or Rows, which can be indexed like it
     y: np.ndarray
     num_classes: int
     sample_weight: np.ndarray | None = None
@@ -42,13 +45,17 @@ class Dataset:
         """Of the examples in their order: equal for equal data."""
         digest = hashlib.sha256(repr(self.x.shape).encode())
         for array in (self.x, self.y, self.sample_weight):
-            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+            if isinstance(array, Rows):
+                digest.update(array.sha256.encode() + array.indices.tobytes())
+            elif array is not None:
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def take(self, indices: np.ndarray) -> Self:
         weight = None if self.sample_weight is None else self.sample_weight[indices]
         groups = None if self.groups is None else self.groups[indices]
-        return replace(self, x=self.x[indices], y=self.y[indices], sample_weight=weight, groups=groups)
+        x: Any = self.x.take(indices) if isinstance(self.x, Rows) else self.x[indices]
+        return replace(self, x=x, y=self.y[indices], sample_weight=weight, groups=groups)
 
 
 def shard(dataset: Dataset, rank: int, world_size: int) -> Dataset:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from shared.experiment import nearest_names
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 BAD_VALUE = re.compile(r"In CSV column #(\d+): (?:Row #(\d+): )?CSV conversion error to (\w+): (.*)", re.DOTALL)
 DELIMITERS = ",;\t|"
@@ -96,37 +98,79 @@ def read_parquet(path: Path) -> pd.DataFrame:
     try:
         table = parquet.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a Parquet file: {str(error).splitlines()[0]} Is it whole? Write it again."
-        ) from None
-    twice = [name for i, name in enumerate(table.column_names) if name in table.column_names[:i]]
+        raise _unreadable(path, error) from None
+    _check_columns(path, table.schema)
+    return _numbered(table.to_pandas())
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read as a Parquet file: {str(error).splitlines()[0]} Is it whole? Write it again."
+    )
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    import pyarrow as pa
+
+    twice = [name for i, name in enumerate(schema.names) if name in schema.names[:i]]
     if twice:
         raise ValueError(f"{path} has two columns of the name {twice[0]!r}. Give each a name of its own.")
-    nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
+    nested = [field.name for field in schema if pa.types.is_nested(field.type)]
     if nested:
         raise ValueError(f"{path}: column {nested[0]!r} holds lists or records; a table holds one value in each place.")
-    return _numbered(table.to_pandas())
 
 
 def read_tfrecord(path: Path) -> pd.DataFrame:
     """The features of a TFRecord file of tf.train.Example, one value each, as columns, indexed by record from 1 on."""
     import pandas as pd
+
+    return _numbered(pd.DataFrame([*_records(path)]))
+
+
+def _records(path: Path) -> Iterator[dict[str, object]]:
     import tensorflow as tf
 
-    rows: list[dict[str, object]] = []
-    size = 0
+    count = size = 0
     try:
         for record in map(bytes, tf.data.TFRecordDataset(str(path)).as_numpy_iterator()):
-            rows.append(_values(path, len(rows) + 1, record))
+            count += 1
             size += len(record) + 16  # its length and two checksums
+            yield _values(path, count, record)
         problem = "" if size == path.stat().st_size else "the last one is cut off"  # TensorFlow takes that for the end
     except tf.errors.OpError as error:
         problem = str(error.message)
     if problem:
-        raise ValueError(
-            f"{path} cannot be read as a TFRecord file beyond record {len(rows)}: {problem}. Write it again."
-        )
-    return _numbered(pd.DataFrame(rows))
+        raise ValueError(f"{path} cannot be read as a TFRecord file beyond record {count}: {problem}. Write it again.")
+
+
+def iterate_chunks(path: Path, num_rows: int) -> Iterator[pd.DataFrame]:
+    """What `READERS` read of a Parquet or TFRecord file, so many rows at a time; the index goes on over all of them."""
+    import pandas as pd
+
+    first = 1
+    if path.suffix == ".parquet":
+        chunks = _parquet_chunks(path, num_rows)
+    else:
+        records = _records(path)
+        parts = iter(lambda: [*itertools.islice(records, num_rows)], [])
+        chunks = (pd.DataFrame(rows) for rows in parts)
+    for chunk in chunks:
+        yield _numbered(chunk, first)
+        first += len(chunk)
+
+
+def _parquet_chunks(path: Path, num_rows: int) -> Iterator[pd.DataFrame]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            _check_columns(path, file.schema_arrow)
+            for batch in file.iter_batches(num_rows, use_threads=False):
+                yield pa.Table.from_batches([batch], file.schema_arrow).to_pandas()
+                pa.default_memory_pool().release_unused()
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from None
 
 
 def _values(path: Path, number: int, record: bytes) -> dict[str, object]:
@@ -146,8 +190,8 @@ def _values(path: Path, number: int, record: bytes) -> dict[str, object]:
     return values
 
 
-def _numbered(frame: pd.DataFrame) -> pd.DataFrame:
-    frame.index = frame.index.__class__(range(1, len(frame) + 1), name="row")
+def _numbered(frame: pd.DataFrame, first: int = 1) -> pd.DataFrame:
+    frame.index = frame.index.__class__(range(first, first + len(frame)), name="row")
     return frame
 
 

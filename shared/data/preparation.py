@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shared.data.dataset import Dataset
-from shared.data.schema import Schema
+from shared.data.schema import Schema, merge_schemas
 from shared.data.splits import split_pool, split_validation
+from shared.data.streaming import encoded_rows, iterate_table
 from shared.data.tables import Table, encode_table, fit_table
 from shared.experiment import DataSection
 
@@ -42,7 +43,7 @@ def split(examples: Table | Dataset, config: DataSection, seed: int) -> Splits:
 
 def fit_schema(train: Table | Dataset, config: DataSection) -> Schema:
     """What training examples say of the data."""
-    schema = fit_table(train) if isinstance(train, Table) else train.schema
+    schema = _fit_parts(train) if isinstance(train, Table) else train.schema
     if config.class_weights == "none":
         return schema
     labels = encode(train, schema).labels
@@ -55,10 +56,15 @@ def fit_schema(train: Table | Dataset, config: DataSection) -> Schema:
     return replace(schema, class_counts=tuple(map(int, counts)))
 
 
+def _fit_parts(train: Table) -> Schema:
+    return merge_schemas({str(i): fit_table(part) for i, part in enumerate(iterate_table(train))})
+
+
 def encode(examples: Table | Dataset, schema: Schema) -> Dataset:
     """The examples as arrays, with the classes of the schema, of which they may lack some."""
     if isinstance(examples, Table):
-        return encode_table(examples, schema)
+        rows = encoded_rows(examples, schema.columns) if examples.file and schema.columns else None
+        return encode_table(examples, schema, rows)
     if examples.classes != schema.classes:
         numbers = np.array([schema.classes.index(name) for name in examples.classes], np.int32)
         examples = replace(examples, y=numbers[examples.y], classes=schema.classes)
@@ -80,9 +86,11 @@ def weigh_classes(train: Dataset, schema: Schema) -> Dataset:
 
 
 def _check_classes(examples: Table | Dataset, train: Table | Dataset) -> None:
+    if isinstance(examples, Table):
+        return  # its own encoding tells it, with the row
     everywhere, trained = examples.labels, train.labels
-    if isinstance(examples, Table) or everywhere is None or trained is None:
-        return  # a table's own encoding tells it, with the row
+    if everywhere is None or trained is None:
+        return
     if missing := sorted(set(np.unique(everywhere)) - set(np.unique(trained))):
         name = examples.classes[missing[0]] if examples.classes else missing[0]
         raise ValueError(

@@ -14,6 +14,7 @@ from shared.data.files import READERS, check_exists, read_csv, read_header
 from shared.data.folders import read_folder
 from shared.data.hubs import is_on_hub, read_hub
 from shared.data.preparation import encode, fit_schema
+from shared.data.streaming import STREAMED, iterate_table, stream_table
 from shared.data.tables import MAX_CLASSES, TASK, Table, assign_roles, make_table
 from shared.data.texts import documentation_topics, language_model_dataset
 from shared.experiment import DataSection, nearest_names
@@ -81,6 +82,10 @@ def load_examples(config: DataSection) -> Table | Dataset:
             f"{', '.join(nearest_names(config.name, BUILTIN_SETS))}."
         )
     check_exists(path)
+    if config.stream:
+        if path.suffix not in STREAMED:
+            raise ValueError(f"data.stream is for {', '.join(STREAMED)}; received {path}. Set data.stream = false.")
+        return stream_table(path, config)
     if path.suffix == ".npz":
         with np.errstate(over="ignore", invalid="ignore"):  # infinity, and what becomes it, is refused by _checked
             return _checked(_load_npz(path, config.task), config)
@@ -193,13 +198,26 @@ def save_examples(stem: Path, examples: Table | Dataset) -> Path:
     """Writes examples as a file that `load_examples` reads back by the same keys of [data]; returns its path."""
     if isinstance(examples, Table):
         path = stem.with_suffix(".parquet")
-        frame = examples.frame.copy(deep=False)
-        frame.attrs[TASK] = "regression" if examples.is_regression else "classification"
-        frame.to_parquet(path, index=False)
+        _write_parquet(path, examples)
         return path
     path = stem.with_suffix(".npz")
     save_npz(path, examples)
     return path
+
+
+def _write_parquet(path: Path, table: Table) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    writer = None
+    for part in iterate_table(table):
+        frame = part.frame[part.roles.used].copy(deep=False)
+        frame.attrs[TASK] = "regression" if table.is_regression else "classification"
+        rows = pa.Table.from_pandas(frame, writer and writer.schema, preserve_index=False)
+        writer = writer or parquet.ParquetWriter(path, rows.schema)
+        writer.write_table(rows)
+    if writer:
+        writer.close()
 
 
 def save_npz(path: Path, dataset: Dataset) -> None:

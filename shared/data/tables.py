@@ -6,11 +6,13 @@ import csv
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from shared.data.dataset import Dataset
+from shared.data.rows import Rows
 from shared.data.schema import Category, Columns, Number, Schema
 from shared.experiment import DataSection, nearest_names
 
@@ -87,6 +89,7 @@ class Table:
     config: DataSection
     source: str
     is_regression: bool
+    file: Path | None = None  # that holds the features, where they are not in the frame
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -118,6 +121,11 @@ def make_table(frame: pd.DataFrame, config: DataSection, source: str) -> Table:
     if len(frame) == 0:
         raise ValueError(f"{source} holds no examples. Give it at least one.")
     roles = assign_roles(config, list(map(str, frame.columns)), source)
+    return finish_table(check_columns(frame, roles, config, source), roles, config, source)
+
+
+def check_columns(frame: pd.DataFrame, roles: Roles, config: DataSection, source: str) -> pd.DataFrame:
+    """The columns with a role: numbers as numbers, categories as text. Raises ValueError, naming column and row."""
     frame = frame[roles.used].copy()
     may_lack = [*roles.numbers, *roles.categories] if config.missing == "fill" else []
     for name in roles.numbers:
@@ -128,16 +136,23 @@ def make_table(frame: pd.DataFrame, config: DataSection, source: str) -> Table:
         _check_complete(frame[name], source)
     if roles.weight:
         _check_weights(frame, roles.weight, source)
+    return frame
+
+
+def finish_table(
+    frame: pd.DataFrame, roles: Roles, config: DataSection, source: str, file: Path | None = None
+) -> Table:
+    """The table of checked columns, whose targets and ids are looked at all together."""
     if roles.id and frame[roles.id].duplicated().any():
         at = frame.index[frame[roles.id].duplicated()][0]
         raise ValueError(
-            f"{source}: column {roles.id!r} names each example once (data.id); received {frame.loc[at, roles.id]!r} "
-            f"again in {frame.index.name} {at}. Take one of the two out."
+            f"{source}: column {roles.id!r} names each example once (data.id); received "
+            f"{str(frame.loc[at, roles.id])!r} again in {frame.index.name} {at}. Take one of the two out."
         )
     task = frame.attrs.get(TASK, "auto") if config.task == "auto" else config.task
     target, is_regression = _target(frame[roles.label], task, source)
     frame[roles.label] = target
-    return Table(frame, roles, config, source, is_regression)
+    return Table(frame, roles, config, source, is_regression, file)
 
 
 def fit_table(train: Table) -> Schema:
@@ -155,17 +170,18 @@ def fit_table(train: Table) -> Schema:
     return Schema((len(columns.inputs),), num_classes, classes=classes, columns=columns)
 
 
-def encode_table(table: Table, schema: Schema) -> Dataset:
+def encode_table(table: Table, schema: Schema, inputs: Rows | None = None) -> Dataset:
     """Inputs (x - mean) / std, ones for categories, and targets, by a schema; a category it lacks becomes zeros.
 
-    A missing number becomes the mean. Raises ValueError for a class that the schema lacks.
+    `inputs`: where they are encoded already. A missing number becomes the mean. Raises ValueError for a class that the
+    schema lacks.
     """
     columns = schema.columns
     if columns is None:
         raise ValueError(
             f"{table.source} is a table; received the schema of other data: {schema}. Give all the same kind."
         )
-    x = encode_inputs(table.frame, columns)
+    x: Any = encode_inputs(table.frame, columns) if inputs is None else inputs
     weight = table.frame[table.roles.weight].to_numpy(np.float32) if table.roles.weight else None
     return Dataset(x, _encode_target(table, schema), schema.num_classes, weight, groups=table.groups)
 

@@ -244,7 +244,7 @@ LETTERS = language_model_dataset([" ".join(str(number) for number in range(700))
 IMAGES = replace(UNEVEN, x=np.random.default_rng(5).normal(size=(229, 8, 8, 1)).astype(np.float32))
 CASES["language_model"] = (
     lambda: transformer.build_language_model(LETTERS.schema, dim=16, num_heads=2, num_layers=1),
-    lambda: optimizers.Adam(0.003),
+    lambda: optimizers.SGD(0.2, momentum=0.9),  # Adam would blow up the rounding of a key's bias, whose gradient is 0
     cross_entropy(),
     LETTERS,
     1,
@@ -266,6 +266,7 @@ CASES["mixed_precision"] = (
     1,
 )
 
+NO_CLASSES = ("two_outputs", "autoencoder")
 # What `distribute` and `fit` are given beyond the model.
 DISTRIBUTE_OPTIONS: dict[str, dict[str, Any]] = {
     "sync_batch_norm": {"sync_batch_norm": True},
@@ -317,9 +318,7 @@ def run_case(case: Case, communicator: Communicator, folder: Path, name: str) ->
     model.compile(
         make_optimizer(),
         loss,
-        metrics=None
-        if name in ("two_outputs", "autoencoder")
-        else [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        metrics=[] if name in NO_CLASSES else [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         steps_per_execution=steps_per_execution,
         jit_compile=False,
     )

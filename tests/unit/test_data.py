@@ -352,7 +352,8 @@ def test_a_misspelt_name_is_refused_with_the_nearest(tmp_path: Path):
     with pytest.raises(ValueError, match=r"received 'wime'\. Nearest: wine\."):
         load("wime")
     with pytest.raises(
-        ValueError, match=r"built-in set or the path of a file of the kinds \.npz, \.csv.*; received 'a\.txt'"
+        ValueError,
+        match=r"built-in set, the path of a folder or of a file of the kinds \.npz, \.csv.*; received 'a\.txt'",
     ):
         load("a.txt")
 

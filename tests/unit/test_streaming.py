@@ -1,0 +1,256 @@
+"""Tables that stay on disk: the same examples, schema, batches and weights as with everything in memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dist_train.collectives import LocalCommunicator
+from dist_train.trainer import train
+from fl_app.local_training import make_silo
+from shared.data import Dataset, load_examples, split, split_pool, streaming
+from shared.data.files import write_tfrecord
+from shared.data.partition import partition
+from shared.data.rows import Rows
+from shared.data.sources import save_examples
+from shared.experiment import DataSection, PartitionSection, experiment_from_flat
+from shared.training import EpochBatches, evaluation_batches
+from shared.weights import max_difference
+
+NUM_ROWS = 300
+KEYS: dict[str, Any] = {
+    "label": "outcome",
+    "features": "age, pressure, sex",
+    "categorical": "sex",
+    "weight": "trust",
+    "id": "visit",
+    "group": "patient",
+    "missing": "fill",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "CHUNK_ROWS", 37)
+
+
+def patients(num_rows: int = NUM_ROWS) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    age = rng.normal(50, 10, num_rows)
+    pressure = np.where(rng.random(num_rows) < 0.1, np.nan, rng.normal(1e5, 1e3, num_rows))
+    return pd.DataFrame(
+        {
+            "visit": np.arange(num_rows),
+            "patient": rng.integers(0, 60, num_rows),
+            "age": age,
+            "pressure": pressure,
+            "sex": rng.choice(["f", "m"], num_rows),
+            "trust": rng.uniform(0.5, 2.0, num_rows),
+            "outcome": np.where(age + rng.normal(0, 5, num_rows) > 50, "ill", "well"),
+        }
+    )
+
+
+def written(folder: Path, suffix: str = ".parquet", frame: pd.DataFrame | None = None) -> Path:
+    path = folder / f"patients{suffix}"
+    frame = patients() if frame is None else frame
+    frame.to_parquet(path, index=False) if suffix == ".parquet" else write_tfrecord(path, frame)
+    return path
+
+
+def config(path: Path, stream: bool = True, **keys: Any) -> DataSection:
+    return DataSection(**{**KEYS, "name": str(path), "stream": stream, **keys})
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".tfrecord"])
+def test_splits_and_schema_are_those_of_the_table_in_memory(tmp_path: Path, suffix: str):
+    path = written(tmp_path, suffix)
+    here, there = (split(load_examples(c), c, seed=4) for c in (config(path, stream=False), config(path)))
+    assert here.schema.classes == there.schema.classes == ("ill", "well")
+    assert here.schema.columns is not None
+    assert there.schema.columns is not None
+    assert here.schema.columns.categories == there.schema.columns.categories
+    for a, b in zip(here.schema.columns.numbers, there.schema.columns.numbers, strict=True):
+        assert (a.name, a.count) == (b.name, b.count)
+        assert (b.mean, b.variance) == pytest.approx((a.mean, a.variance), rel=1e-12)
+    for name in ("train", "validation", "test"):
+        a, b = getattr(here, name), getattr(there, name)
+        assert isinstance(b.x, Rows)
+        np.testing.assert_allclose(b.x[:], a.x, atol=1e-6)
+        np.testing.assert_array_equal(b.y, a.y)
+        np.testing.assert_array_equal(b.sample_weight, a.sample_weight)
+        np.testing.assert_array_equal(b.groups, a.groups)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"data.label": "age", "data.features": "pressure, sex", "data.task": "regression"}]
+)
+def test_a_run_ends_with_the_weights_of_the_one_in_memory(tmp_path: Path, keys: dict[str, Any]):
+    path = written(tmp_path)
+    results = []
+    for stream in (False, True):
+        flat = {f"data.{key}": value for key, value in KEYS.items()} | {"data.name": str(path), "data.stream": stream}
+        flat |= {"model.name": "mlp", "training.epochs": 3, "run.directory": str(tmp_path / f"run{stream}")}
+        results.append(train(experiment_from_flat({**flat, **keys}), LocalCommunicator()))
+    in_memory, streamed = results
+    for name, metrics in in_memory["metrics"].items():
+        assert streamed["metrics"][name] == pytest.approx(metrics, rel=1e-5)
+    assert "confusion" in streamed or keys
+
+
+def test_batches_for_training_and_evaluation_hold_the_same_examples(tmp_path: Path):
+    c = config(written(tmp_path))
+    streamed = split(load_examples(c), c, seed=4).train
+    in_memory = Dataset(streamed.x[:], streamed.y, 2, streamed.sample_weight)
+    for a, b in (
+        (EpochBatches(in_memory, 16, 1).as_tf_dataset(), EpochBatches(streamed, 16, 1).as_tf_dataset()),
+        (evaluation_batches(in_memory), evaluation_batches(streamed)),
+    ):
+        for one, other in zip(a, b, strict=True):
+            for x, y in zip(one, other, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+class Watched(np.ndarray):
+    """Notes which rows are read."""
+
+    def __getitem__(self, key: Any) -> Any:
+        self.read.extend(np.atleast_1d(key).tolist())
+        return np.asarray(self)[key]
+
+
+def test_a_rank_reads_its_part_and_nothing_else():
+    array = np.arange(60, dtype=np.float32)[:, None].view(Watched)
+    array.read = []
+    rows = Rows(array, np.arange(40) + 10, "")
+    dataset = Dataset(rows, np.zeros(40, np.int32), 1)  # type: ignore[arg-type]
+    parts = []
+    for rank in range(2):
+        array.read = []
+        for _ in EpochBatches(dataset, 8, seed=0, rank=rank, world_size=2).as_tf_dataset():
+            pass
+        parts.append(array.read)
+    assert len(parts[0]) == len(parts[1]) == 20
+    assert sorted(parts[0] + parts[1]) == list(range(10, 50))
+
+
+def test_silos_share_a_streamed_table_and_stream_their_parts(tmp_path: Path):
+    c = config(written(tmp_path))
+    pool, _ = split_pool(load_examples(c), 0, 0.2)
+    whole, _ = split_pool(load_examples(config(tmp_path / "patients.parquet", stream=False)), 0, 0.2)
+    parts = partition(PartitionSection(), pool, 3, 0)
+    for i, (part, expected) in enumerate(zip(parts, partition(PartitionSection(), whole, 3, 0), strict=True)):
+        path = save_examples(tmp_path / f"silo-{i}", part)
+        again = load_examples(config(path))
+        in_file_order = expected.frame.sort_index()
+        pd.testing.assert_frame_equal(
+            load_examples(config(path, stream=False)).frame.reset_index(drop=True), in_file_order.reset_index(drop=True)
+        )
+        silo = make_silo(f"silo-{i}", again, experiment_from_flat({"data.validation_fraction": 0.2}))
+        assert len(silo.train) + len(silo.validation) == len(part)
+
+
+def test_the_encoded_file_is_written_once_for_the_owner_alone_and_anew_for_new_data(tmp_path: Path):
+    path, cache = written(tmp_path), tmp_path / "cache"
+    c = config(path, cache=str(cache))
+    split(load_examples(c), c, seed=4)
+    (data,) = cache.glob("*.f32")
+    assert data.stat().st_mode & 0o777 == 0o600
+    assert data.stat().st_size == NUM_ROWS * 4 * 4  # age, pressure, sex=f, sex=m
+    before = data.stat().st_mtime_ns
+    split(load_examples(c), c, seed=4)
+    assert data.stat().st_mtime_ns == before
+    written(tmp_path, frame=patients(NUM_ROWS + 20))
+    split(load_examples(c), c, seed=4)
+    assert len(list(cache.glob("*.f32"))) == 2
+    assert not (tmp_path / ".encoded").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: f.astype({"age": object}).replace({"age": {f["age"][123]: "old"}}), r"'age' .*'old' in row 124"),
+        (lambda f: f.assign(trust=np.where(f.index == 200, -1.0, 1.0)), r"'trust' holds weights .* in row 201"),
+        (
+            lambda f: f.assign(visit=f["visit"] % 299),
+            r"'visit' names each example .*received '0' again in row 300",
+        ),
+        (lambda f: f.iloc[:0], r"holds no examples"),
+        (lambda f: f.drop(columns="sex"), r"has no column 'sex'"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_row_in_the_whole_file(tmp_path: Path, spoil: Any, message: str):
+    frame = spoil(patients())
+    path = tmp_path / "patients.tfrecord"
+    if "old" in message:
+        write_tfrecord(path, frame)
+    else:
+        path = written(tmp_path, frame=frame)
+    with pytest.raises(ValueError, match=message):
+        load_examples(config(path))
+
+
+def test_cut_files_other_kinds_and_a_cache_without_room_are_refused(tmp_path: Path):
+    path = written(tmp_path)
+    c = config(path, cache=str(path))
+    with pytest.raises(ValueError, match=r"could not be written: .* Set data\.cache to a directory with room"):
+        split(load_examples(c), c, seed=0)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"cannot be read as a Parquet file: .* Is it whole\?"):
+        load_examples(config(path))
+    (tmp_path / "a.csv").write_text("a,label\n1,2\n")
+    with pytest.raises(ValueError, match=r"data\.stream is for \.parquet, \.tfrecord; received .*a\.csv"):
+        load_examples(config(tmp_path / "a.csv"))
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from shared.data import load_examples, split
+from shared.experiment import DataSection
+from shared.training import EpochBatches
+import threading, time
+def anonymous(): return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+config = DataSection(name=sys.argv[1], stream=sys.argv[2] == "True")
+EpochBatches.__doc__; import tensorflow as tf; tf.range(3).numpy()
+before, peak, over = anonymous(), [0.0], threading.Event()
+def watch():
+    while not over.is_set():
+        peak[0] = max(peak[0], anonymous()); time.sleep(0.002)
+watcher = threading.Thread(target=watch); watcher.start()
+for _ in EpochBatches(split(load_examples(config), config, 0).train, 256, 0).as_tf_dataset(): pass
+over.set(); watcher.join(); print("MiB", peak[0] - before)
+"""
+
+
+def test_a_streamed_table_takes_a_fraction_of_the_memory(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    columns = {f"c{i}": rng.normal(size=400_000) for i in range(40)}  # 128 MB, 64 MB encoded
+    pd.DataFrame({**columns, "label": rng.integers(0, 2, 400_000)}).to_parquet(tmp_path / "large.parquet", index=False)
+    taken = {}
+    for stream in (True, False):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / "large.parquet"), str(stream)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        taken[stream] = float(done.stdout.split()[-1])
+    print(taken)
+    assert taken[True] < 0.5 * taken[False], taken
+
+
+def test_weights_do_not_differ(tmp_path: Path):
+    """The one process and the trainer's own record, bit for bit, when a streamed run is repeated from its cache."""
+    import keras
+
+    path = written(tmp_path)
+    weights = []
+    for name in ("first", "second"):
+        flat = {f"data.{key}": value for key, value in KEYS.items()} | {"data.name": str(path), "data.stream": True}
+        flat |= {"model.name": "mlp", "training.epochs": 2, "run.directory": str(tmp_path / name)}
+        train(experiment_from_flat(flat), LocalCommunicator())
+        weights.append(keras.models.load_model(tmp_path / name / "model.keras", compile=False).get_weights())
+    assert max_difference(*weights) == 0
