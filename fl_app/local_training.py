@@ -78,7 +78,8 @@ def check_node_config(node_config: Mapping[str, Any], experiment: Experiment) ->
 
 def load_silo(name: str, source: str, experiment: Experiment) -> Silo:
     """Loads a silo's data, a path or the name of a built-in set. Raises ValueError if it cannot be used."""
-    return make_silo(name, load_examples(experiment.data.model_copy(update={"name": source})), experiment)
+    own = {"name": source, "cache": ""}  # where a silo writes is not the server's to say
+    return make_silo(name, load_examples(experiment.data.model_copy(update=own)), experiment)
 
 
 def make_silo(name: str, examples: Table | Dataset, experiment: Experiment) -> Silo:

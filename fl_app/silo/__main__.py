@@ -51,9 +51,9 @@ def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for what is known to be wrong before anything is started."""
     if not re.fullmatch(NAME, options.silo):
         raise ValueError(f"A silo's name is made of letters, digits, '.', '_' and '-'; received {options.silo!r}.")
-    if options.data not in BUILTIN_SETS and not Path(options.data).is_file():
+    if options.data not in BUILTIN_SETS and not is_on_hub(options.data) and not Path(options.data).exists():
         raise ValueError(
-            f"--data names a file or a built-in set ({', '.join(BUILTIN_SETS)}); received {options.data!r}, which is "
+            f"--data names a file, a folder or a built-in set ({', '.join(BUILTIN_SETS)}); received {options.data!r}, which is "
             "neither. Check the path."
         )
     if not options.insecure and not options.root_certificates:
@@ -69,7 +69,11 @@ def check_options(options: argparse.Namespace) -> None:
 
 def supernode_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:
     """The options of flower-supernode that say where to connect, and what the silo's app must know."""
-    source = str(Path(options.data).resolve()) if Path(options.data).is_file() else options.data
+    source = (
+        str(Path(options.data).resolve())
+        if Path(options.data).exists() and options.data not in BUILTIN_SETS
+        else options.data
+    )
     known = {"silo": options.silo, "data": source, "allow": " ".join(options.allow)}
     config = scratch / "node_config.toml"  # a file: on the command line a path could not hold quotes
     config.write_text(tomli_w.dumps(known), encoding="utf-8")

@@ -75,7 +75,7 @@ def encoded_rows(table: Table, columns: Columns) -> Rows:
     except OSError as error:
         raise ValueError(
             f"With data.stream the encoded features of {table.file} are kept in a file, which could not be written: "
-            f"{error}. Set data.cache to a directory with room for it."
+            f"{error}. Set data.cache to a directory with room for it, or make room for it in that one."
         ) from None
     found = json.loads(notes.read_text(encoding="utf-8"))
     stored = np.memmap(data, np.float32, "r", shape=tuple(found["shape"]))

@@ -12,13 +12,13 @@ import pytest
 
 from dist_train.collectives import LocalCommunicator
 from dist_train.trainer import train
-from fl_app.local_training import make_silo
+from fl_app.local_training import load_silo, make_silo
 from shared.data import Dataset, load_examples, split, split_pool, streaming
 from shared.data.files import write_tfrecord
 from shared.data.partition import partition
 from shared.data.rows import Rows
 from shared.data.sources import save_examples
-from shared.experiment import DataSection, PartitionSection, experiment_from_flat
+from shared.experiment import DataSection, Experiment, PartitionSection, experiment_from_flat
 from shared.training import EpochBatches, evaluation_batches
 from shared.weights import max_difference
 
@@ -139,6 +139,11 @@ def test_a_rank_reads_its_part_and_nothing_else():
     assert sorted(parts[0] + parts[1]) == list(range(10, 50))
 
 
+def asked_to_write_in(folder: Path) -> Experiment:
+    keys = {f"data.{key}": value for key, value in KEYS.items()} | {"data.stream": True, "data.cache": str(folder)}
+    return experiment_from_flat(keys)
+
+
 def test_silos_share_a_streamed_table_and_stream_their_parts(tmp_path: Path):
     c = config(written(tmp_path))
     pool, _ = split_pool(load_examples(c), 0, 0.2)
@@ -151,6 +156,7 @@ def test_silos_share_a_streamed_table_and_stream_their_parts(tmp_path: Path):
         pd.testing.assert_frame_equal(
             load_examples(config(path, stream=False)).frame.reset_index(drop=True), in_file_order.reset_index(drop=True)
         )
+        assert not load_silo("a", str(path), asked_to_write_in(tmp_path / "elsewhere")).train.config.cache
         silo = make_silo(f"silo-{i}", again, experiment_from_flat({"data.validation_fraction": 0.2}))
         assert len(silo.train) + len(silo.validation) == len(part)
 
