@@ -18,6 +18,7 @@ import tomli_w
 
 from fl_app.silo.settings import add_cluster_arguments, cluster_of, with_config
 from fl_app.silo.supervisor import SiloError, Supervisor
+from shared.data.hubs import is_on_hub
 from shared.data.sources import BUILTIN_SETS
 from shared.processes import exit_on_sigterm
 
@@ -51,10 +52,11 @@ def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for what is known to be wrong before anything is started."""
     if not re.fullmatch(NAME, options.silo):
         raise ValueError(f"A silo's name is made of letters, digits, '.', '_' and '-'; received {options.silo!r}.")
-    if options.data not in BUILTIN_SETS and not is_on_hub(options.data) and not Path(options.data).exists():
+    is_known = options.data in BUILTIN_SETS or is_on_hub(options.data)
+    if not options.data or not (is_known or _holds_something(Path(options.data))):
         raise ValueError(
-            f"--data names a file, a folder or a built-in set ({', '.join(BUILTIN_SETS)}); received {options.data!r}, which is "
-            "neither. Check the path."
+            f"--data names a file, a folder with examples or a built-in set ({', '.join(BUILTIN_SETS)}); received "
+            f"{options.data!r}, which is none of these. Check the path."
         )
     if not options.insecure and not options.root_certificates:
         raise ValueError(
@@ -65,6 +67,10 @@ def check_options(options: argparse.Namespace) -> None:
     for file in filter(None, (options.root_certificates, options.auth_supernode_private_key)):
         if not Path(file).is_file():
             raise ValueError(f"There is no file {file}. Check the path.")
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
 def supernode_arguments(options: argparse.Namespace, scratch: Path) -> list[str]:

@@ -44,9 +44,9 @@ REFUSED = {
     "a path for a name": ({"silo": "../a"}, "received '../a'"),
     "an option for a name": ({"silo": "-a"}, "received '-a'"),
     "a name of two lines": ({"silo": "a\n"}, r"received 'a\n'"),
-    "data that is not there": ({"data": "none.csv"}, "received 'none.csv', which is neither. Check the path."),
-    "no data": ({"data": ""}, "received '', which is neither"),
-    "a folder of data": ({"data": "scratch"}, "received 'scratch', which is neither"),
+    "data that is not there": ({"data": "none.csv"}, "received 'none.csv', which is none of these. Check the path."),
+    "no data": ({"data": ""}, "received '', which is none of these"),
+    "an empty folder": ({"data": "scratch"}, "received 'scratch', which is none of these"),
     "a data set's name misspelt": ({"data": "wime"}, "a built-in set (digits, breast_cancer, wine, diabetes,"),
     "no certificate": ({"insecure": None}, "needs TLS: --root-certificates ca.crt"),
     "a certificate that is not there": (
