@@ -23,6 +23,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     handler = signal.getsignal(signal.SIGTERM)
     yield tmp_path
     signal.signal(signal.SIGTERM, handler)
@@ -46,7 +47,7 @@ REFUSED = {
     "a name of two lines": ({"silo": "a\n"}, r"received 'a\n'"),
     "data that is not there": ({"data": "none.csv"}, "received 'none.csv', which is none of these. Check the path."),
     "no data": ({"data": ""}, "received '', which is none of these"),
-    "an empty folder": ({"data": "scratch"}, "received 'scratch', which is none of these"),
+    "an empty folder": ({"data": "empty"}, "received 'empty', which is none of these"),
     "a data set's name misspelt": ({"data": "wime"}, "a built-in set (digits, breast_cancer, wine, diabetes,"),
     "no certificate": ({"insecure": None}, "needs TLS: --root-certificates ca.crt"),
     "a certificate that is not there": (
