@@ -49,6 +49,7 @@ nav a { display: inline-block; padding: .2rem .9rem .2rem 0; }
 .wide { overflow-x: auto; position: relative; margin: 0 0 1.2rem; } .wide, pre { max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .3rem 0; }
+caption span { position: sticky; left: 0; display: inline-block; max-width: min(100%, calc(100vw - 2.5rem)); }
 th, td { padding: .45rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 tbody tr:hover { background: var(--hover); }

@@ -76,7 +76,7 @@ def _plot_curves(figures: list[str], runs: Sequence[Run], metric: str, x: str, l
         longest = max(at for points in curves.values() for at, _ in points)
         unit, name = next((each, name) for least, each, name in UNITS if longest >= least)
         label = f"{label} ({name})"
-    log = 0 < 50 * min(values) < max(values)
+    log = metric != "accuracy" and 0 < 50 * min(values) < max(values)
     table = _values(title, label, runs, curves) if x == "step" else ""
     with _figure(figures, title, label, 3.3, table) as axes:
         for (i, split), points in curves.items():

@@ -332,6 +332,13 @@ def test_a_long_curve_has_a_short_table_which_ends_with_the_last_step(tmp_path: 
     assert (steps[0], steps[-1]) == ("1", "500")
 
 
+def test_losses_of_many_magnitudes_are_drawn_by_their_logarithm_and_accuracies_never(tmp_path: Path) -> None:
+    rows = [{"epoch": e, "validation": {"loss": 10.0**-e, "accuracy": 0.001 * 9**e}, "seconds": e} for e in (1, 2, 3)]
+    page = page_of(tmp_path, make_run(tmp_path / "a", rows))
+    assert "loss (log scale)" in page.html
+    assert "accuracy (log scale)" not in page.html
+
+
 def test_long_runs_are_drawn_in_minutes_or_hours(tmp_path: Path) -> None:
     page = page_of(tmp_path, central_run(tmp_path / "a", epochs=500))  # 750 s
     assert "time (min)" in page.html
