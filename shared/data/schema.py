@@ -130,7 +130,8 @@ class Schema:
             columns = Columns(numbers, categories, columns.target and Number("", 0, 0.0, 0.0), columns.scaled)
         shape = () if columns else self.input_shape
         named = ("",) if self.classes else ()
-        return Schema(shape, min(1, self.num_classes), self.vocabulary_size, self.target_shape, named, (), columns)
+        targets = (0,) * len(self.target_shape) if columns else self.target_shape  # as many as inputs
+        return Schema(shape, min(1, self.num_classes), self.vocabulary_size, targets, named, (), columns)
 
     def to_json(self) -> dict[str, Any]:
         json: dict[str, Any] = SCHEMA.dump_python(self, mode="json")
@@ -173,6 +174,7 @@ def _merged(a: Schema, b: Schema) -> Schema:
     return replace(
         a,
         input_shape=(len(columns.inputs),) if columns else a.input_shape,
+        target_shape=(len(columns.inputs),) if columns and a.target_shape else a.target_shape,
         num_classes=len(classes) or max(a.num_classes, b.num_classes),
         classes=classes,
         class_counts=_added_counts(a, b) if a.class_counts and b.class_counts else (),

@@ -33,6 +33,7 @@ def _sklearn_table(config: DataSection) -> Table:
     found = getattr(datasets, f"load_{config.name}")(as_frame=True)
     frame = found.data.rename_axis(index="row").assign(**{config.label: found.target})
     task = "regression" if config.name in REGRESSIONS else "classification"
+    task = config.task if config.task == "reconstruction" else task
     return make_table(frame, config.model_copy(update={"task": task}), config.name)
 
 
@@ -83,6 +84,11 @@ def load_examples(config: DataSection) -> Table | Dataset:
         )
     check_exists(path)
     if config.stream:
+        if config.task == "reconstruction":
+            raise ValueError(
+                f"data.stream holds targets in memory; received data.task = 'reconstruction', where they are as large "
+                f"as the inputs, for {path}. Set data.stream = false."
+            )
         if path.suffix not in STREAMED:
             raise ValueError(f"data.stream is for {', '.join(STREAMED)}; received {path}. Set data.stream = false.")
         return stream_table(path, config)
@@ -185,11 +191,13 @@ def _checked(examples: Table | Dataset, config: DataSection) -> Table | Dataset:
     return examples
 
 
-def _to_reconstruct(examples: Table | Dataset, config: DataSection) -> Dataset:
-    if isinstance(examples, Table) or examples.vocabulary_size:
+def _to_reconstruct(examples: Table | Dataset, config: DataSection) -> Table | Dataset:
+    if isinstance(examples, Table):
+        return examples  # which has no label then
+    if examples.vocabulary_size:
         raise ValueError(
-            f"data.task = 'reconstruction' takes arrays of numbers (digits, .npz); received {config.name}. Save a "
-            "table as an .npz file of x and y first."
+            f"data.task = 'reconstruction' takes numbers (tables, images, .npz); received {config.name}, which holds "
+            "ids. Set data.task = 'auto'."
         )
     return replace(examples, y=examples.x, num_classes=0, classes=())
 

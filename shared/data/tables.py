@@ -35,7 +35,7 @@ def parse_names(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which columns of a file are what. `label` is None where the file is only looked at."""
+    """Which columns of a file are what. `label` is empty where the inputs are the targets too."""
 
     label: str
     numbers: tuple[str, ...]
@@ -53,8 +53,10 @@ def assign_roles(config: DataSection, columns: Sequence[str], source: str) -> Ro
     """The roles that an experiment gives to the columns of a file. Raises ValueError for names that it lacks."""
     features, categorical = parse_names(config.features), parse_names(config.categorical)
     others = list(filter(None, (config.weight, config.id, config.group)))
+    wants_label = config.task != "reconstruction"
+    label = config.label if wants_label or config.label in columns else ""
     for key, names in (
-        ("label", [config.label]),
+        ("label", [label] if label else []),
         ("features", features),
         ("categorical", categorical),
         ("weight, id or group", others),
@@ -65,7 +67,7 @@ def assign_roles(config: DataSection, columns: Sequence[str], source: str) -> Ro
                     f"{source} has no column {name!r} (data.{key}); its columns are {', '.join(map(repr, columns))}. "
                     f"Nearest: {', '.join(nearest_names(name, columns)[:3])}."
                 )
-    apart = [config.label, *others]
+    apart = [label, *others] if label else others
     if twice := {name for name in apart if apart.count(name) > 1 or name in features or name in categorical}:
         raise ValueError(f"{source}: column {min(twice)!r} has two roles. Name it in one key of [data] only.")
     features = features or [name for name in columns if name not in apart]
@@ -74,7 +76,7 @@ def assign_roles(config: DataSection, columns: Sequence[str], source: str) -> Ro
     if not features:
         raise ValueError(f"{source} has only the label column {config.label!r}. Add at least one feature column.")
     numbers = tuple(name for name in features if name not in categorical)
-    return Roles(config.label, numbers, tuple(categorical), config.weight, config.group, config.id)
+    return Roles(label if wants_label else "", numbers, tuple(categorical), config.weight, config.group, config.id)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +152,9 @@ def finish_table(
             f"{str(frame.loc[at, roles.id])!r} again in {frame.index.name} {at}. Take one of the two out."
         )
     task = frame.attrs.get(TASK, "auto") if config.task == "auto" else config.task
-    target, is_regression = _target(frame[roles.label], task, source)
-    frame[roles.label] = target
+    is_regression = True
+    if roles.label:
+        frame[roles.label], is_regression = _target(frame[roles.label], task, source)
     return Table(frame, roles, config, source, is_regression, file)
 
 
@@ -159,8 +162,11 @@ def fit_table(train: Table) -> Schema:
     """The schema of training examples: statistics of numbers, the categories and classes that there are."""
     numbers = tuple(_fit_number(train.frame[name]) for name in train.roles.numbers)
     categories = tuple(_fit_category(train.frame[name], train.source) for name in train.roles.categories)
-    label = train.frame[train.roles.label]
     scaled = train.config.scaling != "none"
+    if not train.roles.label:
+        columns = Columns(numbers, categories, None, scaled)
+        return Schema((len(columns.inputs),), 0, target_shape=(len(columns.inputs),), columns=columns)
+    label = train.frame[train.roles.label]
     columns = Columns(numbers, categories, _fit_number(label) if train.is_regression else None, scaled)
     classes: tuple[str, ...] = ()
     num_classes = 0
@@ -183,7 +189,8 @@ def encode_table(table: Table, schema: Schema, inputs: Rows | None = None) -> Da
         )
     x: Any = encode_inputs(table.frame, columns) if inputs is None else inputs
     weight = table.frame[table.roles.weight].to_numpy(np.float32) if table.roles.weight else None
-    return Dataset(x, _encode_target(table, schema), schema.num_classes, weight, groups=table.groups)
+    y = _encode_target(table, schema) if table.roles.label else x
+    return Dataset(x, y, schema.num_classes, weight, groups=table.groups)
 
 
 def encode_inputs(frame: pd.DataFrame, columns: Columns) -> np.ndarray:

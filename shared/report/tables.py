@@ -185,7 +185,8 @@ def html_table(caption: str, header: Iterable[str], rows: Mapping[str, Iterable[
     for name, cells in rows.items():
         body += f'<tr><th scope="row">{name}</th>{"".join(map(_html_cell, cells))}</tr>\n'
     return (
-        f'<div class="wide" role="region" tabindex="0" aria-label="{caption}"><table><caption>{caption}</caption>'
+        f'<div class="wide" role="region" tabindex="0" aria-label="{caption}"><table>'
+        f"<caption><span>{caption}</span></caption>"
         f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
     )
 

@@ -10,13 +10,15 @@ import pytest
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.class_weight import compute_class_weight
 
+from dist_train.collectives import LocalCommunicator
+from dist_train.trainer import train
 from shared.data import Schema, Table, encode, fit_schema, load_examples, split, split_pool, weigh_classes
 from shared.data.files import write_tfrecord
 from shared.data.partition import partition
 from shared.data.schema import Category, Columns, Number, merge_schemas, schema_from_json
 from shared.data.sources import save_examples
 from shared.data.tables import make_table, parse_names
-from shared.experiment import DataSection, PartitionSection
+from shared.experiment import DataSection, PartitionSection, experiment_from_flat
 
 ROLES = {"label": "outcome", "categorical": "colour, site", "id": "name", "group": "patient", "weight": "trust"}
 
@@ -351,3 +353,48 @@ def test_the_schema_of_a_table_says_what_it_is():
         "classification (named classes) on a table of the columns age, pressure, colour, site"
     )
     assert str(Schema((4,), 0)) == "regression on examples of (4,)"
+
+
+def reconstructed(folder: Path, name: str, wards: list[str]) -> Path:
+    path = folder / f"{name}.csv"
+    rng = np.random.default_rng(len(wards))
+    rows = [f"{rng.normal():.3f},{rng.normal():.3f},{ward},{i % 2}" for i, ward in enumerate(wards * 10)]
+    path.write_text("\n".join(["a,b,ward,label", *rows]) + "\n")
+    return path
+
+
+def test_the_inputs_of_a_table_can_be_its_targets_and_its_label_is_left_out(tmp_path: Path):
+    path = reconstructed(tmp_path, "all", ["n", "s"])
+    settings = DataSection(name=str(path), task="reconstruction", categorical="ward")
+    splits = split(load_examples(settings), settings, seed=0)
+    assert splits.schema.input_shape == splits.schema.target_shape == (4,)  # a, b, ward=n, ward=s
+    assert splits.schema.num_classes == 0
+    for part in (splits.train, splits.validation, splits.test):
+        np.testing.assert_array_equal(part.x, part.y)
+    path.write_text(path.read_text().replace(",label", ",other"))
+    without_label = load_examples(settings.model_copy(update={"categorical": "ward, other"}))
+    assert fit_schema(without_label, settings).input_shape == (6,)
+    with pytest.raises(ValueError, match=r"data\.stream holds targets in memory; received data\.task"):
+        load_examples(settings.model_copy(update={"stream": True}))
+
+
+def test_silos_reconstruct_together_what_only_some_of_them_know(tmp_path: Path):
+    schemas = {}
+    for name, wards in (("a", ["n", "s"]), ("b", ["s", "w", "e"])):
+        settings = DataSection(
+            name=str(reconstructed(tmp_path, name, wards)), task="reconstruction", categorical="ward"
+        )
+        schemas[name] = fit_schema(load_examples(settings), settings)
+    merged = merge_schemas(schemas)
+    assert merged.input_shape == merged.target_shape == (6,)
+    examples = encode(load_examples(settings), merged)
+    assert examples.y.shape == (30, 6)
+    np.testing.assert_array_equal(examples.x, examples.y)
+
+
+def test_an_autoencoder_learns_a_table(tmp_path: Path):
+    flat = {"data.name": "wine", "data.task": "reconstruction", "data.label": "class", "model.name": "autoencoder"}
+    flat |= {"model.options": "units = [8]", "training.epochs": 60, "optimizer.learning_rate": 0.01}
+    result = train(experiment_from_flat({**flat, "run.directory": str(tmp_path / "run")}), LocalCommunicator())
+    assert result["metrics"]["test"]["loss"] < 0.4  # of variances 1
+    assert "confusion" not in result
