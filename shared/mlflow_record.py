@@ -81,8 +81,8 @@ class MlflowRecord:
         except Exception as error:  # the client raises its own errors, and those of what it is built on
             raise ValueError(
                 f"run.mlflow must name an MLflow server that answers (http://host:5000) or a database of its kind "
-                f"(sqlite:///mlflow.db); received {uri!r}: {str(error).splitlines()[0][:200]} Mend it, or set "
-                "run.mlflow = ''."
+                f"(sqlite:///mlflow.db); received {uri!r}: {str(error)[:200].splitlines()[0].rstrip('. ')}. "
+                "Mend it, or set run.mlflow = ''."
             ) from None
 
     def _resumed(self, client: Any) -> str | None:
