@@ -62,18 +62,23 @@ def export(run: Path, format_name: str, output: Path | None = None) -> Path:
     if not path.parent.is_dir():
         raise ValueError(f"The export must lie in a directory that exists; received {path}. Choose another with -o.")
     served = serving_model(model, schema, form)
+    is_good = False
     try:
-        form.save(served, path)
-        _check(form, path, model, schema)
-    except ValueError:
-        _remove(path)
-        raise
+        apart = _difference(form, served, path, model, schema)
+        is_good = apart <= form.tolerance
     except Exception as error:  # converters raise whatever they like
-        _remove(path)
         raise ValueError(
             f"The model of {run} cannot be exported as {format_name}: {type(error).__name__}: {error}. Try another "
             f"--format: {', '.join(FORMATS)}."
         ) from error
+    finally:
+        if not is_good:  # after Ctrl-C too
+            _remove(path)
+    if not is_good:
+        raise ValueError(
+            f"An export must predict what the model predicts, to {form.tolerance:g}; received {path} whose predictions "
+            f"differ by {apart:g}. It was removed; choose another --format: {', '.join(FORMATS)}."
+        )
     notes.write_text(json.dumps(describe(schema, form), indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -174,17 +179,13 @@ def describe(schema: Schema, form: Format) -> dict[str, Any]:
     return {"inputs": inputs, "output": {"holds": "numbers", "shape": [None, *(schema.target_shape or (1,))]}}
 
 
-def _check(form: Format, path: Path, model: keras.Model, schema: Schema) -> None:
+def _difference(form: Format, served: keras.Model, path: Path, model: keras.Model, schema: Schema) -> float:
+    """Writes the export, reads it back, and compares its predictions: the largest difference."""
+    form.save(served, path)
     inputs, x = _draw(schema, form)
     expected, scale = _expected(model, schema, x)
     received = np.asarray(form.predict(path, inputs))
-    apart = float(np.abs(received - expected).max() / scale) if received.shape == expected.shape else np.inf
-    if not apart <= form.tolerance:
-        raise ValueError(
-            f"An export must predict what the model predicts, to {form.tolerance:g}; received {path} with predictions "
-            f"of {received.shape} that differ by {apart:g}. It was removed; choose another --format: "
-            f"{', '.join(FORMATS)}."
-        )
+    return float(np.abs(received - expected).max() / scale) if received.shape == expected.shape else np.inf
 
 
 def _draw(schema: Schema, form: Format) -> tuple[Inputs, np.ndarray]:

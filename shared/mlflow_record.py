@@ -101,7 +101,7 @@ class MlflowRecord:
         experiment_id = found.experiment_id if found else client.create_experiment(name)
         tags = {"runtime": self.record.runtime, "directory": str(self.directory)}
         run = client.create_run(experiment_id, run_name=self.directory.name, tags=tags)
-        parameters = [Param(key, str(value)) for key, value in self.experiment.to_flat().items() if str(value)]
+        parameters = [Param(key, str(value)) for key, value in self.experiment.to_flat().items() if _tells(key, value)]
         client.log_batch(run.info.run_id, params=parameters)
         run_id: str = run.info.run_id
         return run_id
@@ -151,6 +151,11 @@ def _flat_numbers(row: Mapping[str, Any]) -> dict[str, float]:
         elif isinstance(value, int | float) and key not in ("epoch", "round"):
             flat[key] = value
     return flat
+
+
+def _tells(key: str, value: Any) -> bool:
+    """Where a record lies is no parameter of an experiment, and MLflow takes no empty ones."""
+    return not key.startswith("run.") and str(value) != ""
 
 
 def make_record(experiment: Experiment, runtime: str, step_name: str) -> RunRecord | MlflowRecord:

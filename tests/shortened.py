@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.data import Dataset
-from shared.data.sources import save_npz
+from shared.data.arrays import save_npz
 from shared.experiment import Experiment, load_experiment
 
 EXPERIMENTS = sorted((Path(__file__).resolve().parents[1] / "experiments").glob("*.toml"))

@@ -1,13 +1,19 @@
 """Folders: of images or of texts, a subfolder for each class; or of texts alone, for a language model."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared.data.dataset import Dataset
 from shared.data.texts import VOCABULARY_SIZE, as_ids, language_model_dataset
 from shared.experiment import DataSection
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 TEXTS = (".txt", ".md")
@@ -68,27 +74,40 @@ def _read_text(file: Path, encoding: str) -> str:
 
 
 def _read_images(files: list[Path], image_size: str) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image as pillow
 
-    size = parse_image_size(image_size)
-    images: list[Image.Image] = []
+    images = []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with pillow.open(file) as image:
                 image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
             raise ValueError(
                 f"{file} cannot be read as an image: {str(error).splitlines()[0]} Is it whole? Replace it."
             ) from None
-        if not size and images and image.size != images[0].size:
-            (width, height), (first_width, first_height) = image.size, images[0].size
+        images.append((str(file), image))
+    return stack_images(images, image_size)
+
+
+def stack_images(images: Sequence[tuple[str, Image]], image_size: str) -> np.ndarray:
+    """Named images as float32 in [0, 1], shape (n, height, width, channels); one channel if all are grey.
+
+    `image_size` is HEIGHTxWIDTH to resize to, or empty. Raises ValueError if it is and sizes differ.
+    """
+    from PIL.Image import Resampling
+
+    size = parse_image_size(image_size)
+    first_name, first = images[0]
+    for name, image in images:
+        if not size and image.size != first.size:
+            (width, height), (first_width, first_height) = image.size, first.size
             raise ValueError(
-                f"Images must have one size; received {file} of {height}x{width} and {files[0]} of "
+                f"Images must have one size; received {name} of {height}x{width} and {first_name} of "
                 f"{first_height}x{first_width}. Set data.image_size, for example '{first_height}x{first_width}'."
             )
-        images.append(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
-    mode = "L" if all(image.mode in ("1", "L", "LA") for image in images) else "RGB"
-    pixels = np.stack([np.asarray(image.convert(mode), np.float32) for image in images]) / np.float32(255)
+    mode = "L" if all(image.mode in ("1", "L", "LA") for _, image in images) else "RGB"
+    alike = (image.resize(size[::-1], Resampling.BILINEAR) if size else image for _, image in images)
+    pixels = np.stack([np.asarray(image.convert(mode), np.float32) for image in alike]) / np.float32(255)
     return pixels[..., None] if mode == "L" else pixels
 
 

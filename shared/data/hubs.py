@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shared.data.arrays import dataset_of
 from shared.data.dataset import Dataset
-from shared.data.tables import Table, make_table
+from shared.data.folders import stack_images
+from shared.data.tables import Table, make_table, parse_names
 from shared.data.texts import VOCABULARY_SIZE, as_ids
 from shared.experiment import DataSection, nearest_names
 
@@ -32,7 +35,7 @@ def is_on_hub(name: str) -> bool:
     return name.startswith((KERAS, HUGGING_FACE))
 
 
-def _read_keras(config: DataSection) -> Dataset:
+def _read_keras(config: DataSection) -> Table | Dataset:
     """Training and test examples together: every set is split by the experiment's own rules."""
     import keras
 
@@ -50,18 +53,22 @@ def _read_keras(config: DataSection) -> Dataset:
         raise _not_fetched(config.name, error) from None
     x, y = np.concatenate([x_train, x_test]), np.concatenate([y_train, y_test]).reshape(-1)
     if name in KERAS_NUMBERS:
-        return Dataset(_standard(x), _standard(y), num_classes=0)
-    y = y.astype(np.int32)
+        return _keras_table(x, y, config)
     if name in KERAS_TEXTS:
-        return Dataset(_padded(x, config.sequence_length), y, int(y.max()) + 1, vocabulary_size=NUM_WORDS + 1)
-    return Dataset(_as_image(x), y, int(y.max()) + 1)
+        ids = _padded(x, config.sequence_length)
+        return replace(dataset_of(ids, y, config.task, config.name), vocabulary_size=NUM_WORDS + 1)
+    pixels = x.astype(np.float32) / np.float32(255)
+    return dataset_of(pixels[..., None] if pixels.ndim == 3 else pixels, y, config.task, config.name)
 
 
-def _standard(values: np.ndarray) -> np.ndarray:
-    """(x - mean) / std over all examples."""
-    values = values.astype(np.float64)
-    scaled: np.ndarray = ((values - values.mean(axis=0)) / values.std(axis=0)).astype(np.float32)
-    return scaled
+def _keras_table(x: np.ndarray, y: np.ndarray, config: DataSection) -> Table:
+    """Whose scaling is then fitted to training examples alone, as any table's."""
+    import pandas as pd
+
+    columns = {f"feature{i}": values for i, values in enumerate(x.T)}
+    frame = pd.DataFrame({**columns, config.label: y}).rename_axis(index="row")
+    task = "regression" if config.task == "auto" else config.task
+    return make_table(frame, config.model_copy(update={"task": task}), config.name)
 
 
 def _padded(texts: np.ndarray, length: int) -> np.ndarray:
@@ -72,22 +79,16 @@ def _padded(texts: np.ndarray, length: int) -> np.ndarray:
     return ids
 
 
-def _as_image(pixels: np.ndarray) -> np.ndarray:
-    """Bytes (n, height, width[, channels]) as float32 in [0, 1], with channels."""
-    scaled: np.ndarray = pixels.astype(np.float32) / np.float32(255)
-    return scaled[..., None] if scaled.ndim == 3 else scaled
-
-
 def _read_hugging_face(config: DataSection) -> Table | Dataset:
     """Images where there is a column of them, texts where there is nothing else, otherwise a table."""
     examples = _fetch(config)
     kinds = {name: type(feature).__name__ for name, feature in examples.features.items()}
     others = [name for name, kind in kinds.items() if kind not in ("Value", "ClassLabel", "Image")]
     examples = examples.remove_columns(others)
-    features = [config.features] if config.features in kinds else [n for n in examples.features if n != config.label]
-    images = [name for name in features if kinds[name] == "Image"]
-    texts = [name for name in features if examples.features[name].dtype in ("string", "large_string")]
-    if images or (texts == features and not config.categorical):
+    features = parse_names(config.features) or [name for name in examples.features if name != config.label]
+    images = [name for name in features if kinds.get(name) == "Image"]
+    texts = [name for name in features if name in kinds and examples.features[name].dtype in ("string", "large_string")]
+    if len(images) == 1 or (len(texts) == len(features) == 1 and not config.categorical):
         return _labelled(examples, (images or texts)[0], config)
     return make_table(examples.to_pandas().rename_axis(index="row"), config, config.name)
 
@@ -116,14 +117,19 @@ def _labelled(examples: datasets.Dataset, feature: str, config: DataSection) -> 
     names = getattr(examples.features[config.label], "names", None)
     if labels.dtype.kind == "U":
         names, labels = np.unique(labels, return_inverse=True)
-    y, num_classes = labels.astype(np.int32), len(names) if names is not None else int(labels.max()) + 1
-    classes = tuple(map(str, names)) if names is not None and sorted(names) == list(names) else ()
-    column = examples[feature]
-    if type(examples.features[feature]).__name__ == "Image":
-        pixels = np.stack([np.asarray(image) for image in column])
-        return Dataset(_as_image(pixels), y, num_classes, classes=classes)
-    x = as_ids(list(column), config.sequence_length)
-    return Dataset(x, y, num_classes, vocabulary_size=VOCABULARY_SIZE, classes=classes)
+    is_image = type(examples.features[feature]).__name__ == "Image"
+    if is_image:
+        rows = [(f"{config.name}, row {i}", image) for i, image in enumerate(examples[feature])]
+        x = stack_images(rows, config.image_size)
+    else:
+        x = as_ids(list(examples[feature]), config.sequence_length)
+    found = dataset_of(x, labels, config.task, config.name, None if names is None else len(names))
+    known = [] if names is None else [str(name) for name in names]
+    return replace(
+        found,
+        vocabulary_size=0 if is_image else VOCABULARY_SIZE,
+        classes=tuple(known) if known == sorted(known) else (),
+    )
 
 
 def _not_fetched(name: str, error: Any) -> ValueError:

@@ -54,9 +54,22 @@ def partition(config: PartitionSection, pool: E, num_silos: int, seed: int) -> l
             f"Groups stay whole (data.group): there must be one for each silo; received {len(names)} groups for "
             f"{num_silos} silos. Choose fewer silos."
         )
-    classes = np.array([np.bincount(labels[group_of == i]).argmax() for i in range(len(names))], np.int32)
-    dealt = partition_indices(config, classes, num_silos, seed)
+    dealt = partition_indices(config, _commonest(labels, group_of), num_silos, seed)
     return [pool.take(np.flatnonzero(np.isin(group_of, groups))) for groups in dealt]
+
+
+def _commonest(labels: np.ndarray, group_of: np.ndarray) -> np.ndarray:
+    """The commonest label of each group, of equally common ones the lowest.
+
+    >>> _commonest(np.array([5, 2, 2, 7, 3]), np.array([0, 0, 0, 1, 1]))
+    array([2, 3])
+    """
+    base = int(labels.max()) + 1
+    pairs, counts = np.unique(group_of.astype(np.int64) * base + labels, return_counts=True)
+    pairs = pairs[np.lexsort((-pairs, counts))]
+    commonest = np.zeros(int(group_of.max()) + 1, np.int64)
+    commonest[pairs // base] = pairs % base  # the last one of each group stays
+    return commonest
 
 
 def _sizes(config: PartitionSection, num_silos: int) -> list[int]:

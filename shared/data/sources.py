@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.data.arrays import load_npz, save_npz
 from shared.data.biosequences import read_sequences, sequences_dataset, simulate_promoters
 from shared.data.dataset import Dataset
 from shared.data.files import READERS, check_exists, read_csv, read_header
@@ -15,7 +16,7 @@ from shared.data.folders import read_folder
 from shared.data.hubs import is_on_hub, read_hub
 from shared.data.preparation import encode, fit_schema
 from shared.data.streaming import STREAMED, iterate_table, stream_table
-from shared.data.tables import MAX_CLASSES, TASK, Table, assign_roles, make_table
+from shared.data.tables import TASK, Table, assign_roles, make_table
 from shared.data.texts import documentation_topics, language_model_dataset
 from shared.experiment import DataSection, nearest_names
 
@@ -94,7 +95,7 @@ def load_examples(config: DataSection) -> Table | Dataset:
         return stream_table(path, config)
     if path.suffix == ".npz":
         with np.errstate(over="ignore", invalid="ignore"):  # infinity, and what becomes it, is refused by _checked
-            return _checked(_load_npz(path, config.task), config)
+            return _checked(load_npz(path, config.task), config)
     if path.suffix == ".csv":
         header = read_header(path, config.delimiter, config.encoding)
         numbers = assign_roles(config, header, str(path)).numbers
@@ -103,70 +104,6 @@ def load_examples(config: DataSection) -> Table | Dataset:
     if path.suffix in SEQUENCES:
         return sequences_dataset([*read_sequences(path)], config.label, str(path))
     return make_table(READERS[path.suffix](path), config, str(path))
-
-
-def _load_npz(path: Path, task: str) -> Dataset:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: array for name, array in file.items() if isinstance(array, np.ndarray)}
-    except Exception as error:  # damage shows as an exception of zipfile, zlib or numpy, of many types
-        raise ValueError(
-            f"{path} cannot be read as an .npz file: {error}. Write it with np.savez(path, x=..., y=...)."
-        ) from None
-    missing = {"x", "y"} - set(arrays)
-    if missing:
-        raise ValueError(
-            f"{path} must hold the arrays x and y (optional: sample_weight, num_classes, classes, groups); received "
-            f"{sorted(arrays) or 'no arrays'}. Write it with np.savez(path, x=..., y=...)."
-        )
-    x, y = arrays["x"], arrays["y"]
-    for name in {"x", "y", "sample_weight", "num_classes", "vocabulary_size", "groups"} & set(arrays):
-        if arrays[name].dtype.kind not in "fiub":
-            raise ValueError(
-                f"{path}: {name} must be numeric; received dtype {arrays[name].dtype}. Encode text as numbers."
-            )
-    ids = int(arrays.get("vocabulary_size", np.int64(0)))
-    if x.ndim < 2 or (y.ndim != 1 and y.shape != x.shape) or len(x) != len(y):
-        raise ValueError(
-            f"{path}: x must have shape (n, ...) and y shape (n,) with the same n, or that of x; received "
-            f"{x.shape} and {y.shape}."
-        )
-    of_each = (len(y),)
-    for name, shape in (("sample_weight", of_each), ("groups", of_each), ("num_classes", ()), ("vocabulary_size", ())):
-        if name in arrays and arrays[name].shape != shape:
-            raise ValueError(f"{path}: {name} must have shape {shape}; received {arrays[name].shape}. Or leave it out.")
-    weight = arrays.get("sample_weight")
-    declared = int(arrays["num_classes"]) if "num_classes" in arrays else None
-    weight = None if weight is None else weight.astype(np.float32)
-    dataset = _dataset(x.astype(np.int32 if ids else np.float32), y, task, str(path), declared, weight)
-    names = arrays.get("classes", np.array([], str))
-    is_named = names.dtype.kind == "U" and names.shape == (dataset.num_classes,) and len(set(names)) == len(names)
-    if names.size and not is_named:
-        raise ValueError(
-            f"{path}: classes must be the different names of the {dataset.num_classes} classes; received {names!r}. "
-            "Or leave it out."
-        )
-    return replace(dataset, vocabulary_size=ids, groups=arrays.get("groups"), classes=tuple(map(str, names)))
-
-
-def _dataset(
-    x: np.ndarray, y: np.ndarray, task: str, source: str, declared: int | None, weight: np.ndarray | None
-) -> Dataset:
-    """Decides between classes and numbers: `task`, else what the file declares, else whole targets are classes."""
-    if len(y) == 0:
-        raise ValueError(f"{source} holds no examples. Give it at least one.")
-    is_whole = np.mod(y, 1) == 0
-    has_classes = declared != 0 if declared is not None else is_whole.all()
-    if task == "regression" or (task == "auto" and not has_classes):
-        return Dataset(x, y.astype(np.float32), num_classes=0, sample_weight=weight)
-    wrong = y[~(is_whole & (y >= 0) & (y < MAX_CLASSES))]
-    if wrong.size:
-        raise ValueError(
-            f"{source}: class targets must be whole numbers from 0 on, below {MAX_CLASSES}; received {wrong[0]}. "
-            "Number the classes 0, 1, 2, ..., or set data.task = 'regression'."
-        )
-    num_classes = max(int(y.max()) + 1, declared or 0)
-    return Dataset(x, y.astype(np.int32), num_classes, sample_weight=weight)
 
 
 def _checked(examples: Table | Dataset, config: DataSection) -> Table | Dataset:
@@ -226,12 +163,3 @@ def _write_parquet(path: Path, table: Table) -> None:
         writer.write_table(rows)
     if writer:
         writer.close()
-
-
-def save_npz(path: Path, dataset: Dataset) -> None:
-    """Writes the data set as an .npz file that `load_examples` reads back."""
-    weight = {} if dataset.sample_weight is None else {"sample_weight": dataset.sample_weight}
-    sizes = {name: np.int64(getattr(dataset, name)) for name in ("num_classes", "vocabulary_size")}
-    groups = {} if dataset.groups is None else {"groups": dataset.groups}
-    classes = {"classes": np.array(dataset.classes)} if dataset.classes else {}
-    np.savez(path, allow_pickle=False, x=dataset.x, y=dataset.y, **sizes, **weight, **groups, **classes)

@@ -21,6 +21,7 @@ from shared.data.tables import Roles, Table, assign_roles, check_columns, encode
 from shared.experiment import DataSection
 
 CHUNK_ROWS = 65_536
+VERSION = 1  # of what is written; another one is not read
 STREAMED = (".parquet", ".tfrecord")
 
 
@@ -85,7 +86,7 @@ def encoded_rows(table: Table, columns: Columns) -> Rows:
 def _cache_file(path: Path, config: DataSection, columns: Columns) -> Path:
     """Another for each version of the file, and each way to encode it."""
     stat = path.stat()
-    identity = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, columns))
+    identity = repr((VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, columns))
     folder = Path(config.cache) if config.cache else path.parent / ".encoded"
     return folder / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
-from shared.report.runs import HELD_OUT, Run, human_bytes, human_number, loss_first, read_runs
+from shared.report.runs import HELD_OUT, Run, SiloSummary, human_bytes, human_number, loss_first, read_runs
 
 BEST = {"accuracy": max, "loss": min, "mae": min}  # of other metrics the reader is the judge
 
@@ -87,7 +87,7 @@ def silos(runs: Sequence[Run]) -> str:
     return "".join(parts)
 
 
-def _silo_table(run: Run, summaries: Sequence[Any]) -> str:
+def _silo_table(run: Run, summaries: Sequence[SiloSummary]) -> str:
     kinds = [
         (split, metric)
         for split in ("train", "validation")

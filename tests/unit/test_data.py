@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shared.data import Dataset, Schema, load_dataset, shard, split, split_pool
-from shared.data.sources import save_npz
+from shared.data.arrays import save_npz
 from shared.data.splits import split_validation
 from shared.experiment import DataSection
 

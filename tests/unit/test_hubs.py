@@ -60,8 +60,10 @@ def test_texts_of_keras_are_numbers_of_words(monkeypatch: pytest.MonkeyPatch):
 def test_numbers_of_keras_are_scaled(monkeypatch: pytest.MonkeyPatch):
     x, y = np.array([[1.0], [3.0]]), np.array([10.0, 30.0])
     monkeypatch.setattr(keras.datasets.boston_housing, "load_data", lambda: ((x, y), (x, y)))
-    examples = load_dataset(DataSection(name="keras:boston_housing"))
-    assert examples.x.ravel().tolist() == examples.y.tolist() == [-1.0, 1.0, -1.0, 1.0]
+    examples = load_examples(DataSection(name="keras:boston_housing"))
+    assert isinstance(examples, Table)  # so scaling is fitted to training examples, not to all
+    assert examples.is_regression
+    assert load_dataset(DataSection(name="keras:boston_housing")).x.ravel().tolist() == [-1.0, 1.0, -1.0, 1.0]
 
 
 def saved(folder: Path, columns: dict, **features: object) -> str:
@@ -92,6 +94,15 @@ def test_images_of_hugging_face_are_read(tmp_path: Path):
     assert (examples.y.tolist(), examples.classes) == ([1, 0], ("cat", "dog"))
 
 
+def test_images_of_hugging_face_of_several_sizes_are_refused_or_resized(tmp_path: Path):
+    images = [Image.new("RGB", (3, 2)), Image.new("RGB", (4, 4))]
+    features = {"img": datasets.Image(), "label": datasets.Value("int64")}
+    name = saved(tmp_path / "s", {"img": images, "label": [1, 0]}, **features)
+    with pytest.raises(ValueError, match=r"one size; received hf:.*, row 1 of 4x4 and hf:.*, row 0 of 2x3"):
+        load_examples(DataSection(name=name))
+    assert load_dataset(DataSection(name=name, image_size="2x2")).x.shape == (2, 2, 2, 3)
+
+
 def test_texts_of_hugging_face_are_bytes(tmp_path: Path):
     features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(num_classes=3)}
     name = saved(tmp_path / "x", {"text": ["ab", "c"], "label": [2, 0]}, **features)
@@ -100,5 +111,12 @@ def test_texts_of_hugging_face_are_bytes(tmp_path: Path):
     assert examples.num_classes == 3
     with pytest.raises(ValueError, match=r"has no column 'class' \(data.label\); its columns are 'text', 'label'"):
         load_examples(DataSection(name=name, label="class"))
+    with_ids = {"id": [1, 2], "text": ["ab", "c"], "label": [0, -1]}
+    value = datasets.Value
+    name_with_ids = saved(tmp_path / "y", with_ids, id=value("int64"), text=value("string"), label=value("int64"))
+    with pytest.raises(ValueError, match=r"class targets must be whole numbers from 0 on, .* received -1"):
+        load_examples(DataSection(name=name_with_ids, features="text"))
+    with pytest.raises(ValueError, match=r"column 'text' must be numeric; received 'ab' in row 0"):
+        load_examples(DataSection(name=name_with_ids))
     with pytest.raises(ValueError, match=r"could not be fetched: .*validation"):
         load_examples(DataSection(name=f"{name}#validation"))

@@ -16,7 +16,7 @@ from fl_app import local_training
 from fl_app.aggregation import Contribution, weighted_mean
 from fl_app.local_training import LocalResult, Silo, Workbench, check_node_config, load_silo
 from shared.data import Dataset
-from shared.data.sources import save_npz
+from shared.data.arrays import save_npz
 from shared.experiment import Experiment, experiment_from_flat
 from shared.weights import Weights, add, weights_sha256
 from tests.local_exchange import WINE, configure, initial_weights, wine_silos

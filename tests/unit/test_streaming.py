@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -92,15 +93,14 @@ def test_splits_and_schema_are_those_of_the_table_in_memory(tmp_path: Path, suff
 )
 def test_a_run_ends_with_the_weights_of_the_one_in_memory(tmp_path: Path, keys: dict[str, Any]):
     path = written(tmp_path)
-    results = []
+    weights = []
     for stream in (False, True):
+        directory = tmp_path / f"run{stream}"
         flat = {f"data.{key}": value for key, value in KEYS.items()} | {"data.name": str(path), "data.stream": stream}
-        flat |= {"model.name": "mlp", "training.epochs": 3, "run.directory": str(tmp_path / f"run{stream}")}
-        results.append(train(experiment_from_flat({**flat, **keys}), LocalCommunicator()))
-    in_memory, streamed = results
-    for name, metrics in in_memory["metrics"].items():
-        assert streamed["metrics"][name] == pytest.approx(metrics, rel=1e-5)
-    assert "confusion" in streamed or keys
+        flat |= {"model.name": "mlp", "training.epochs": 3, "run.directory": str(directory)}
+        train(experiment_from_flat({**flat, **keys}), LocalCommunicator())
+        weights.append(keras.models.load_model(directory / "model.keras", compile=False).get_weights())
+    assert max_difference(*weights) <= 1e-5  # means and variances are added up in another order
 
 
 def test_batches_for_training_and_evaluation_hold_the_same_examples(tmp_path: Path):
@@ -250,10 +250,7 @@ def test_a_streamed_table_takes_a_fraction_of_the_memory(tmp_path: Path):
     assert taken[True] < 0.45 * taken[False], taken
 
 
-def test_weights_do_not_differ(tmp_path: Path):
-    """The one process and the trainer's own record, bit for bit, when a streamed run is repeated from its cache."""
-    import keras
-
+def test_a_run_from_the_cache_is_the_first_one_again(tmp_path: Path):
     path = written(tmp_path)
     weights = []
     for name in ("first", "second"):
