@@ -1,8 +1,5 @@
 """Tables that stay on disk: the same examples, schema, batches and weights as with everything in memory."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.streaming_memory import compare
 from dist_train.collectives import LocalCommunicator
 from dist_train.trainer import train
 from fl_app.local_training import load_silo, make_silo
@@ -214,40 +212,9 @@ def test_cut_files_other_kinds_and_a_cache_without_room_are_refused(tmp_path: Pa
         load_examples(config(tmp_path / "a.csv"))
 
 
-MEMORY = """
-import re, sys
-from pathlib import Path
-from shared.data import load_examples, split
-from shared.experiment import DataSection
-from shared.training import EpochBatches
-import threading, time
-def anonymous(): return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-config = DataSection(name=sys.argv[1], stream=sys.argv[2] == "True")
-import filelock, pandas, pyarrow.parquet, tensorflow as tf
-tf.range(3).numpy()
-before, peak, over = anonymous(), [0.0], threading.Event()
-def watch():
-    while not over.is_set():
-        peak[0] = max(peak[0], anonymous()); time.sleep(0.002)
-watcher = threading.Thread(target=watch); watcher.start()
-for _ in EpochBatches(split(load_examples(config), config, 0).train, 256, 0).as_tf_dataset(): pass
-over.set(); watcher.join(); print("MiB", peak[0] - before)
-"""
-
-
-def test_a_streamed_table_takes_a_fraction_of_the_memory(tmp_path: Path):
-    rng = np.random.default_rng(0)
-    columns = {f"c{i}": rng.normal(size=400_000) for i in range(40)}  # 128 MB, 64 MB encoded
-    pd.DataFrame({**columns, "label": rng.integers(0, 2, 400_000)}).to_parquet(
-        tmp_path / "large.parquet", index=False, row_group_size=50_000
-    )
-    taken = {}
-    for stream in (True, False):
-        command = [sys.executable, "-c", MEMORY, str(tmp_path / "large.parquet"), str(stream)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        taken[stream] = float(done.stdout.split()[-1])
-    assert taken[True] < 0.45 * taken[False], taken
+def test_a_streamed_table_takes_a_fraction_of_the_memory():
+    found = compare(num_rows=400_000)  # 160 MB
+    assert found["streamed"]["peak_mib"] < 0.45 * found["in_memory"]["peak_mib"], found
 
 
 def test_a_run_from_the_cache_is_the_first_one_again(tmp_path: Path):
