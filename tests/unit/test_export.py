@@ -112,6 +112,19 @@ def test_an_export_that_predicts_something_else_is_refused_and_removed(tmp_path:
     assert not list(tmp_path.glob("wrong*"))
 
 
+def test_an_export_that_is_interrupted_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = finished_run(tmp_path / "run", eight_examples("digits").schema, model__name="cnn")
+
+    def interrupted(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        assert path.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(FORMATS, "keras", replace(FORMATS["keras"], predict=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        export(run, "keras")
+    assert not list(run.glob("export*"))
+
+
 def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path), "--format", "onnx"]) == 2
     assert "takes the directory of a finished run" in capsys.readouterr().err
