@@ -19,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL   ?= 2
 export FLWR_TELEMETRY_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train federate report test test-mutations bench-distributed bench-scaling bench-federation bench-cluster-silo lint format clean distclean
+.PHONY: help setup demo train federate report test test-slow test-mutations bench-distributed bench-scaling bench-federation bench-cluster-silo lint format clean distclean
 
 help: ## list the targets and the variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,8 +44,11 @@ federate: setup ## train EXPERIMENT= across SILOS= silos
 report: setup ## compare RUNS= on one page, OUTPUT=
 	$(BIN)/python -m shared.report $(RUNS) -o $(OUTPUT)
 
-test: setup ## run all tests (ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## prove every law and promise, quick tests first (ARGS="-k name" for some)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## prove them again where it takes long: all matrices, two hosts, the pages as printed
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-mutations: setup ## plant known mistakes and check that the tests find them
 	$(BIN)/python -m tests.mutations.run
@@ -62,14 +65,18 @@ bench-federation: setup ## compare the seconds of a federated round with others'
 bench-cluster-silo: setup ## what it gains and costs that a silo is a cluster of two ranks
 	$(BIN)/python -m benchmarks.cluster_silo $(ARGS)
 
-lint: setup ## check format, style and types
+lint: setup ## check format, style, types, Flower's copy of the defaults and the reference pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python -m tools.flower_config --check
+	$(BIN)/python -m tools.reference --check
 	$(BIN)/mypy
 
-format: setup ## put the code into the one format
+format: setup ## put the code into the one format; write Flower's copy of the defaults and the reference
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m tools.flower_config --write
+	$(BIN)/python -m tools.reference --write
 
 clean: ## remove caches and build leftovers; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,1 +1,4 @@
-"""Benchmarks: what the project is measured against, side by side in one run. Nothing here is needed to train."""
+"""Benchmarks: the project and others, measured side by side in one run.
+
+Nothing here is needed to train.
+"""

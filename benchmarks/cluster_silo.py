@@ -1,7 +1,8 @@
-"""make bench-cluster-silo: what it costs and gains that a silo is a Horovod cluster of two workers of one core each.
+"""make bench-cluster-silo: the cost and the gain of a silo that is a cluster of two workers.
 
-Whole federations of one silo, by turns: with one worker, which is one process without Horovod, and with two. What
-counts is rounds, from the record of the server, not start-up; the first round is not counted.
+Workers have one core each. Whole federations of one silo are interleaved: with one worker, which is
+one process without Horovod, and with two. Rounds are timed, from the record of the server, not
+start-up; the first round is not counted.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from benchmarks.federation_footprint import cpu_seconds, spent
 from benchmarks.federation_workload import EXAMPLES_PER_SILO, write_silos
 from benchmarks.results import Goal, Samples, goals_table, machine_facts, medians, write_results
 from benchmarks.workloads import WORKLOADS, examples, keras_model
+from fl_app.messages import TRAIN, Task, TrainingRequest
 from fl_app.silo.cluster import ClusterWorkbench
+from fl_app.silo.policy import SiloSettings
 from fl_app.silo.settings import Cluster
 from shared.data import load_dataset
 from shared.experiment import load_experiment
 from shared.processes import ProcessGroup
 from shared.run_record import read_metrics
+from shared.state import NO_STATE
 
 if TYPE_CHECKING:
     import keras
@@ -48,7 +52,8 @@ TINY, TEXTS, IDLE = "mlp of 20 kB", "transformer", "idle"
 EPOCH_BOUND, OVERHEAD_BOUND_S, IDLE_BOUND = 0.6, 0.3, 0.02
 TIMEOUT_S = 300.0
 IDLE_S = 20.0
-NUM_TEXTS = 4096  # an epoch of 128 steps, some 10 s: what a round costs besides is `cluster_round_overhead_s`
+# An epoch of 128 steps, some 10 s: the rest of a round's time is `cluster_round_overhead_s`.
+NUM_TEXTS = 4096
 
 
 def transformer(schema: Schema) -> keras.Model:
@@ -57,7 +62,10 @@ def transformer(schema: Schema) -> keras.Model:
 
 
 def round_seconds(case: str, num_workers: int, num_rounds: int, folder: Path) -> list[float]:
-    """Seconds of each round but the first of a federation of one silo. With one worker all has one core."""
+    """Seconds of each round but the first of a federation of one silo.
+
+    With one worker the whole federation has one core.
+    """
     settings, data = {TINY: _tiny, TEXTS: _texts}[case](num_rounds + 1, folder)
     command = launch_command(settings, folder, "worker")
     command += ["--silo", f"one={data}", "--num-workers", str(num_workers)]
@@ -70,7 +78,9 @@ def round_seconds(case: str, num_workers: int, num_rounds: int, folder: Path) ->
             time.sleep(0.2)
     marks = [row["seconds"] for row in read_metrics(folder / "run") if "cohort" in row]
     if launched.returncode != 0 or len(marks) != num_rounds + 1:
-        raise ContenderError(f"{len(marks)} of {num_rounds + 1} rounds were done: see {folder}/launch.log")
+        raise ContenderError(
+            f"{len(marks)} of {num_rounds + 1} rounds were done: see {folder}/launch.log"
+        )
     return [after - before for before, after in pairwise(marks)]
 
 
@@ -86,9 +96,12 @@ def idle_cpu_per_rank(folder: Path) -> float:
     weights = build_model(experiment.model, schema, experiment.seed).get_weights()
     with ClusterWorkbench(Cluster(num_workers=2)) as bench:
         bench.start()
-        silo = bench.silo({"silo": "one", "data": str(data)}, experiment)
-        bench.train(silo, schema, experiment, weights, 1, evaluate=True)
-        ranks = [p for p in psutil.Process().children(recursive=True) if "HOROVOD_RANK" in p.environ()]
+        body = TrainingRequest(schema, evaluate=True).to_body()
+        task = Task(TRAIN, round=1, body=body, arrays=weights)
+        bench.run(task, SiloSettings("one", str(data)), experiment, NO_STATE)
+        ranks = [
+            p for p in psutil.Process().children(recursive=True) if "HOROVOD_RANK" in p.environ()
+        ]
         own = [p.pid for p in ranks if p.cmdline()[1:] == ["-m", "fl_app.silo.cluster"]]
         before = {pid: cpu_seconds(pid) for pid in own}
         time.sleep(IDLE_S)
@@ -121,15 +134,24 @@ def _texts(num_rounds: int, folder: Path) -> tuple[dict[str, Any], Path]:
     settings = experiment("20kB", num_rounds)
     settings["model"] = {"name": "benchmarks.cluster_silo:transformer"}
     settings["data"] = {"validation_fraction": 0.0}
-    settings["federation"] |= {"local_batch_size": workload.global_batch_size, "evaluate_on_silos": False}
+    settings["federation"] |= {
+        "local_batch_size": workload.global_batch_size,
+        "evaluate_on_silos": False,
+    }
     return settings, data
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster_silo", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="of a federation, after the first (default: 3)")
-    parser.add_argument("--repetitions", type=int, default=3, help="federations of each kind (default: 3)")
-    parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help=f"the JSON file (default: {OUTPUT})")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of a federation, after the first (default: 3)"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=3, help="federations of each kind (default: 3)"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=OUTPUT, help=f"the JSON file (default: {OUTPUT})"
+    )
     options = parser.parse_args(arguments)
     if min(options.rounds, options.repetitions) < 1 or len(os.sched_getaffinity(0)) < 2:
         parser.error("needs --rounds and --repetitions of 1 or more, and two cores")

@@ -1,4 +1,4 @@
-"""Conducts contenders that take turns (turns.py): starts all, lets one run at a time, and collects what they say."""
+"""Interleaves contenders (turns.py): starts all, lets one run at a time, collects their figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import psutil
 from benchmarks.turns import GO, NEWS
 from shared.processes import ProcessGroup
 
-START_TIMEOUT_S = 300.0  # until the first turn, and between two turns: a model is built, traced and warmed up
+# Until the first turn, and between two turns: a model is built, traced and warmed up.
+START_TIMEOUT_S = 300.0
 POLL_S = 0.02
 
 
@@ -29,19 +30,25 @@ class Launch:
 
 
 class ContenderError(Exception):
-    """Why a contender could not be measured, in a sentence."""
+    """The reason why a contender could not be measured, in a sentence."""
 
 
 class Contestant:
-    """A contender's processes. They run only within `start` and `turn`, and are stopped (SIGSTOP) otherwise.
+    """A contender's processes, which run only within `start` and `turn`.
 
-    Those that do not bear it, because they miss each other's heartbeats, just wait: `is_stoppable` false.
+    Otherwise they are stopped (SIGSTOP). Those that would miss each other's heartbeats just wait:
+    `is_stoppable` false.
     """
 
-    def __init__(self, name: str, group: ProcessGroup, folder: Path, is_stoppable: bool = True) -> None:
-        self.name, self.group, self.folder, self.is_stoppable = name, group, folder, is_stoppable
+    def __init__(
+        self, name: str, group: ProcessGroup, folder: Path, is_stoppable: bool = True
+    ) -> None:
+        self.name = name
+        self.group = group
+        self.folder = folder
+        self.is_stoppable = is_stoppable
         self._names: list[str] = []  # of its processes in the group
-        self._num_read = 0  # lines of its news
+        self._num_read = 0  # lines of its reports
 
     def start(self, launches: Sequence[Launch]) -> None:
         """Starts the processes; returns when they are ready for their first turn."""
@@ -50,6 +57,7 @@ class Contestant:
             (self.folder / name).unlink(missing_ok=True)
         os.mkfifo(self.folder / GO)
         self._pipe = os.open(self.folder / GO, os.O_RDWR)
+
         for rank, launch in enumerate(launches):
             name = f"{self.name} rank {rank}"
             self.group.start(name, launch.command, launch.environment, self.folder / f"{rank}.log")
@@ -57,9 +65,10 @@ class Contestant:
         list(self._news())
 
     def turn(self) -> list[tuple[str, float]]:
-        """Lets it run until it is ready for its next turn, or has ended well; returns (model, samples per second).
+        """Lets it run until it is ready for its next turn, or has ended with success.
 
-        Raises ContenderError if one of its processes fails.
+        Returns (model, samples per second) of each slice. Raises ContenderError if one of its
+        processes fails.
         """
         self.resume()
         os.write(self._pipe, b".")
@@ -87,14 +96,19 @@ class Contestant:
                 if ended:
                     return
                 time.sleep(POLL_S)
-            raise ContenderError(f"was not ready for a turn within {START_TIMEOUT_S:.0f} s: see {self.folder}/*.log")
+            raise ContenderError(
+                f"was not ready for a turn within {START_TIMEOUT_S:.0f} s: see {self.folder}/*.log"
+            )
         finally:
             self.stop()
 
     def _unread(self) -> list[dict[str, Any]]:
         path = self.folder / NEWS
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # whole ones
-        unread, self._num_read = lines[self._num_read :], len(lines)
+        if not path.is_file():
+            return []
+        whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        unread = whole_lines[self._num_read :]
+        self._num_read = len(whole_lines)
         return [json.loads(line) for line in unread]
 
     def _has_ended(self) -> bool:
@@ -105,38 +119,45 @@ class Contestant:
         return all(status == 0 for status in statuses.values())
 
     def _tree(self) -> list[psutil.Process]:
-        found: list[psutil.Process] = []
+        processes: list[psutil.Process] = []
         for name in self._names:
             try:
                 parent = psutil.Process(self.group.processes[name].pid)
-                found += [parent, *parent.children(recursive=True)]
+                processes += [parent, *parent.children(recursive=True)]
             except psutil.NoSuchProcess:
                 continue
-        return found
+        return processes
 
 
 class Contest:
-    """Contestants who take turns, and what they have come to."""
+    """Interleaved contestants, and their figures so far.
 
-    def __init__(self, contestants: Sequence[Contestant], tell: Callable[[str], None]) -> None:
-        self.contestants, self.tell = list(contestants), tell
-        self.samples: dict[str, dict[str, list[float]]] = {c.name: {} for c in contestants}  # by model
-        self.failures: dict[str, str] = {}  # why contenders failed; these have no further turns
+    samples: by contender and model. failures: the reasons of those that failed, which have no
+    further turns.
+    """
+
+    def __init__(self, contestants: Sequence[Contestant], log: Callable[[str], None]) -> None:
+        self.contestants = list(contestants)
+        self.log = log
+        self.samples: dict[str, dict[str, list[float]]] = {c.name: {} for c in contestants}
+        self.failures: dict[str, str] = {}
 
     def start(self, contestant: Contestant, launches: Callable[[Path], Sequence[Launch]]) -> None:
         started = time.monotonic()
         with self._noting_failure(contestant):
             contestant.start(launches(contestant.folder))
-            self.tell(f"{contestant.name} is ready after {time.monotonic() - started:.0f} s")
+            self.log(f"{contestant.name} is ready after {time.monotonic() - started:.0f} s")
 
     def round(self, number: int) -> None:
-        """One turn for each, beginning with another one in each round."""
+        """Gives one turn to each, beginning with another one in each round."""
         first = number % len(self.contestants)
         for contestant in (*self.contestants[first:], *self.contestants[:first]):
-            if contestant.name not in self.failures:
-                with self._noting_failure(contestant):
-                    for model, figure in contestant.turn():
-                        self.samples[contestant.name].setdefault(model, []).append(figure)
+            if contestant.name in self.failures:
+                continue
+            samples = self.samples[contestant.name]
+            with self._noting_failure(contestant):
+                for model, figure in contestant.turn():
+                    samples.setdefault(model, []).append(figure)
 
     @contextmanager
     def _noting_failure(self, contestant: Contestant) -> Iterator[None]:
@@ -144,7 +165,7 @@ class Contest:
             yield
         except ContenderError as error:
             self.failures[contestant.name] = str(error)
-            self.tell(f"{contestant.name} FAILED: {error}")
+            self.log(f"{contestant.name} FAILED: {error}")
 
 
 def run_contest(
@@ -152,15 +173,19 @@ def run_contest(
     models: Sequence[str],
     num_slices: int,
     folder: Path,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     unstoppable: Sequence[str] = (),
 ) -> Contest:
-    """Lets all contenders measure `num_slices` slices of each model, by turns.
+    """Interleaves all contenders until each has measured `num_slices` slices of each model.
 
-    `launches` gives the processes of a contender, which report to the folder that they are told.
+    `launches` returns the processes of a contender, which report to the folder that it is given.
     """
     with ProcessGroup() as group:
-        contest = Contest([Contestant(n, group, folder / n, n not in unstoppable) for n in launches], tell)
+        contestants = [
+            Contestant(name, group, folder / name, is_stoppable=name not in unstoppable)
+            for name in launches
+        ]
+        contest = Contest(contestants, log)
         try:
             for contestant in contest.contestants:
                 contest.start(contestant, launches[contestant.name])
@@ -168,8 +193,9 @@ def run_contest(
                 started = time.monotonic()
                 for number in range(num_slices):
                     contest.round(number)
-                tell(f"{model}: {num_slices} slices of each in {time.monotonic() - started:.0f} s")
+                seconds = time.monotonic() - started
+                log(f"{model}: {num_slices} slices of each in {seconds:.0f} s")
         finally:
             for contestant in contest.contestants:
-                contestant.resume()  # a stopped process would not hear that it is to end
+                contestant.resume()  # a stopped process would not get the signal to end
     return contest

@@ -1,7 +1,8 @@
-"""make bench-distributed: the throughput of data-parallel training, all contenders side by side in one run.
+"""make bench-distributed: the throughput of data-parallel training, contenders side by side.
 
-Two ranks with a core each train the same four models on the same batches. All contenders are started at once and take
-turns of a few seconds, so that whatever else the machine does meets them all. The goals are ratios of medians.
+Two ranks with a core each train the same four models on the same batches. All contenders are
+started at once and interleaved in turns of a few seconds, so that whatever else the machine does
+meets them all. The goals are ratios of medians.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.contest import ContenderError, Launch, run_contest
+from benchmarks.contest import Launch, run_contest
+from benchmarks.environments import pinned_python, read_pins
 from benchmarks.results import (
     Goal,
     Samples,
@@ -29,7 +31,6 @@ from benchmarks.results import (
 )
 from benchmarks.workloads import NUM_RANKS, WORKLOADS
 from shared.processes import child_environment, free_ports
-from tools import bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -50,81 +51,70 @@ GOALS = {
     "vs_bare_horovod": ("bare_horovod", {"mlp": 1.0, "cnn": 1.0, "transformer": 1.0, "dense": 1.0}),
 }
 # Settings of the shell that would speed up or slow down some contenders and not others.
-UNWANTED = re.compile(r"(HOROVOD|OMPI|PMI|TF|XLA|OMP|KMP|MKL|OPENBLAS|GLOO|TORCH|KERAS)_.*|LOCAL_RANK|RANK|WORLD_SIZE")
+UNWANTED = re.compile(
+    r"(HOROVOD|OMPI|PMI|TF|XLA|OMP|KMP|MKL|OPENBLAS|GLOO|TORCH|KERAS)_.*|LOCAL_RANK|RANK|WORLD_SIZE"
+)
 
 
-def launches(contender: str, models: Sequence[str], num_slices: int, launcher: str, folder: Path) -> list[Launch]:
+def launches(
+    contender: str, models: Sequence[str], num_slices: int, launcher: str, folder: Path
+) -> list[Launch]:
     """The processes to start for a contender, whose root reports to `folder`."""
     arguments = ["--models", *models, "--slices", str(num_slices), "--turns", str(folder)]
-    worker: list[str | Path] = [BIN / "python", "-m", "benchmarks.distributed_worker", contender, *arguments]
+    worker: list[str | Path] = [BIN / "python", "-m", "benchmarks.distributed_worker", contender]
+    worker += arguments
     if contender == "one_process":
         return [Launch(worker, environment({}))]
-    if contender == "torch_ddp":
-        command: list[str | Path] = [torch_python(), "-m", "benchmarks.distributed_torch", *arguments]
-        return [Launch(command, environment(variables)) for variables in torch_variables()]
     if contender == "mwms":
         return [Launch(worker, environment(variables)) for variables in mwms_variables()]
+    if contender == "torch_ddp":
+        python = pinned_python(TORCH_ENVIRONMENT, TORCH_PINS)
+        command: list[str | Path] = [python, "-m", "benchmarks.distributed_torch", *arguments]
+        return [Launch(command, environment(variables)) for variables in torch_variables()]
+
+    # Under Horovod a rank that is stopped for the others' turns has not vanished.
     horovodrun: list[str | Path] = [BIN / "horovodrun", launcher, "-np", str(NUM_RANKS)]
-    horovodrun += ["--gloo-timeout-seconds", str(BETWEEN_TURNS_S)]  # a rank that was stopped has not vanished
+    horovodrun += ["--gloo-timeout-seconds", str(BETWEEN_TURNS_S)]
     return [Launch([*horovodrun, *worker], environment({}))]
 
 
 def mwms_variables() -> list[dict[str, str]]:
-    """By rank: the cluster as MultiWorkerMirroredStrategy reads it."""
-    workers = [f"127.0.0.1:{port}" for port in free_ports(NUM_RANKS)]
-    cluster = {"worker": workers}
-    configs = [{"cluster": cluster, "task": {"type": "worker", "index": i}} for i in range(NUM_RANKS)]
-    return [{"TF_CONFIG": json.dumps(config), "LOCAL_RANK": str(i)} for i, config in enumerate(configs)]
+    """The cluster by rank, as MultiWorkerMirroredStrategy reads it."""
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(NUM_RANKS)]}
+    variables = []
+    for rank in range(NUM_RANKS):
+        config = {"cluster": cluster, "task": {"type": "worker", "index": rank}}
+        variables.append({"TF_CONFIG": json.dumps(config), "LOCAL_RANK": str(rank)})
+    return variables
 
 
 def torch_variables() -> list[dict[str, str]]:
-    """By rank: what torchrun would set."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(NUM_RANKS)}
-    common["GLOO_SOCKET_IFNAME"] = "lo"  # else Gloo looks up the host's name, which may have no address
+    """The variables by rank that torchrun would set."""
+    (port,) = free_ports(1)
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(NUM_RANKS),
+        # else Gloo looks up the host's name, which may have no address
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     return [{**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(NUM_RANKS)]
 
 
-def torch_python() -> Path:
-    """The interpreter of the environment with the pinned PyTorch, which is made if it is not there."""
-    setup = bootstrap.Setup(ROOT, ROOT / TORCH_ENVIRONMENT, mpi=False, gpu=False)
-    pins = read_pins(setup.requirements(TORCH_PINS).read_text(encoding="utf-8"))
-    if not has_packages(setup.python, pins):
-        try:
-            bootstrap.make_venv(setup)
-            remedy = f"pip could not install {', '.join(pins)}: check network and disk space"
-            bootstrap.run_pip(setup, remedy, "install", "--no-compile", "-r", setup.requirements(TORCH_PINS))
-        except (bootstrap.SetupError, OSError) as error:
-            raise ContenderError(str(error)) from error
-    return setup.python
-
-
-def read_pins(requirements: str) -> dict[str, str]:
-    """The versions by package in the text of a requirement file.
-
-    >>> read_pins("torch==2.0.1  # why")
-    {'torch': '2.0.1'}
-    """
-    return dict(re.findall(r"(?m)^([\w.-]+)==([^\s;#]+)", requirements))
-
-
-def has_packages(python: Path, pins: Mapping[str, str]) -> bool:
-    """Whether the interpreter runs and has those versions; a local part, as in 2.0.1+cpu, does not count."""
-    program = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
-    try:
-        done = subprocess.run([python, "-I", "-c", program, *pins], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    return [found.partition("+")[0] for found in done.stdout.split()] == list(pins.values())
-
-
 def horovod_launcher(wants_mpi: bool) -> str:
-    """The option that tells horovodrun how ranks find each other; MPI only if Horovod was built with it."""
+    """The option for horovodrun by which ranks find each other.
+
+    MPI only if Horovod was built with it.
+    """
     if not wants_mpi:
         return "--gloo"
     program = "import sys, horovod.tensorflow as hvd; sys.exit(not hvd.mpi_built())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     if done.returncode != 0:
-        print("Horovod was built without MPI (make setup MPI=1 builds it): its ranks use Gloo", flush=True)
+        print(
+            "Horovod was built without MPI (make setup MPI=1 builds it): its ranks use Gloo",
+            flush=True,
+        )
     return "--gloo" if done.returncode else "--mpi"
 
 
@@ -137,10 +127,13 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_goals(samples: Samples, failures: Mapping[str, str], models: Sequence[str]) -> list[Goal]:
-    """The goals of the contenders and models that were asked for. Those of a contender that failed have no value."""
-    whole = medians({name: found for name, found in samples.items() if name not in failures})
+    """The goals of the contenders and models that were asked for.
+
+    Those of a contender that failed have no value.
+    """
+    measured = medians({name: cases for name, cases in samples.items() if name not in failures})
     return [
-        Goal(f"{name}_{model}", ratio(whole, OURS, other, model), bound)
+        Goal(f"{name}_{model}", ratio(measured, OURS, other, model), bound)
         for name, (other, bounds) in GOALS.items()
         for model, bound in bounds.items()
         if model in models and OURS in samples and other in samples
@@ -149,39 +142,61 @@ def make_goals(samples: Samples, failures: Mapping[str, str], models: Sequence[s
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
-    parser.add_argument("--slices", type=int, default=20, help="turns of each contender and model (default: 20)")
-    parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], help="default: all")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="default: all")
-    parser.add_argument("--mpi", action="store_true", help="start Horovod's ranks with MPI, if it was built with it")
-    parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help=f"the JSON file (default: {OUTPUT})")
+    parser.add_argument(
+        "--slices", type=int, default=20, help="turns of each contender and model (default: 20)"
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], help="default: all"
+    )
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="default: all"
+    )
+    parser.add_argument(
+        "--mpi", action="store_true", help="start Horovod's ranks with MPI, if it was built with it"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=OUTPUT, help=f"the JSON file (default: {OUTPUT})"
+    )
     options = parser.parse_args(arguments)
     if options.slices < 1:
         parser.error(f"--slices must be at least 1; received {options.slices}")
     if len(os.sched_getaffinity(0)) < NUM_RANKS:
-        parser.error(f"each of the {NUM_RANKS} ranks needs a core of its own; received {len(os.sched_getaffinity(0))}")
+        parser.error(
+            f"each of the {NUM_RANKS} ranks needs a core of its own; received"
+            f" {len(os.sched_getaffinity(0))}"
+        )
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+
+    # The facts first: the load of the machine counts before the benchmark begins.
     machine = machine_facts(PACKAGES)
     torch_pins = ROOT / "requirements" / TORCH_PINS
     machine["versions"]["torch"] = read_pins(torch_pins.read_text(encoding="utf-8"))["torch"]
+
     folder = options.output.parent / f"{options.output.stem}-logs"
     launcher = horovod_launcher(options.mpi)
-    processes = {name: partial(launches, name, options.models, options.slices, launcher) for name in options.contenders}
-    tell = partial(print, flush=True)
-    contest = run_contest(processes, options.models, options.slices, folder, tell, UNSTOPPABLE)
-    samples, failures = contest.samples, contest.failures
-    goals = make_goals(samples, failures, options.models)
-    write_results(options.output, machine, samples, goals, failures)
+    processes = {
+        name: partial(launches, name, options.models, options.slices, launcher)
+        for name in options.contenders
+    }
+    log = partial(print, flush=True)
+    contest = run_contest(processes, options.models, options.slices, folder, log, UNSTOPPABLE)
+    samples = contest.samples
+    goals = make_goals(samples, contest.failures, options.models)
+    write_results(options.output, machine, samples, goals, contest.failures)
+
     console = Console()
     if not console.is_terminal:
         console.width = 100  # a log file cuts nothing off
-    console.print(medians_table(medians(samples), options.models, f"Samples/s of {NUM_RANKS} ranks, medians"))
+    console.print(
+        medians_table(medians(samples), options.models, f"Samples/s of {NUM_RANKS} ranks, medians")
+    )
     if goals:
         console.print(goals_table(goals))
-    for name, reason in failures.items():
+    for name, reason in contest.failures.items():
         console.print(f"{name} was not measured: {reason}", style="red", markup=False)
     console.print(f"All samples: {options.output}")
     return 0

@@ -1,7 +1,8 @@
-"""make bench-scaling: what ranks cost as the model grows: seconds per step, memory, start-up.
+"""make bench-scaling: the cost of ranks as the model grows: seconds per step, memory, start-up.
 
-A step of a model with almost no computation is timed on one process and on two ranks of a core each; the difference is
-the cost of reducing its gradients. Peak memory is that of each process after 20 steps of a dense model.
+A step of a model with almost no computation is timed on one process and on two ranks of a core
+each; the difference is the cost of reducing its gradients. Peak memory is that of each process
+after 20 steps of a dense model.
 """
 
 from __future__ import annotations
@@ -37,24 +38,31 @@ FUSION_BUFFER_BYTES = 128 * 2**20  # Horovod's default
 
 
 def run_processes(num_ranks: int, *arguments: str) -> tuple[str, float]:
-    """What the root wrote, and the seconds that it all took. Raises RuntimeError with the log's end."""
+    """Runs a task on ranks, or in one process; returns the root's output, and the seconds.
+
+    Raises RuntimeError with the end of the log.
+    """
     with tempfile.TemporaryDirectory() as name, ProcessGroup() as group:
-        output, log = Path(name) / "out.json", Path(name) / "log"
-        launcher: list[str | Path] = [BIN / "horovodrun", "--gloo", "-np", str(num_ranks)] if num_ranks > 1 else []
-        command = [*launcher, BIN / "python", "-m", "benchmarks.distributed_scaling", "--worker", output, *arguments]
+        output = Path(name) / "out.json"
+        log = Path(name) / "log"
+        command: list[str | Path] = []
+        if num_ranks > 1:
+            command += [BIN / "horovodrun", "--gloo", "-np", str(num_ranks)]
+        command += [BIN / "python", "-m", "benchmarks.distributed_scaling", "--worker", output]
+        command += arguments
+
         path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
         environment = child_environment(PATH=path, PYTHONPATH=str(ROOT), TF_CPP_MIN_LOG_LEVEL="2")
         started = time.monotonic()
         process = group.start("ranks", command, environment, log)
         if process.wait(timeout=TIMEOUT_S) != 0:
-            raise RuntimeError(
-                f"{num_ranks} ranks failed:\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}"
-            )
+            text = log.read_text(encoding="utf-8", errors="replace")
+            raise RuntimeError(f"{num_ranks} ranks failed:\n{text[-2000:]}")
         return output.read_text(encoding="utf-8"), time.monotonic() - started
 
 
 def work(task: str, output: Path) -> None:
-    """In a rank, or alone: does the task and writes what came out."""
+    """Does the task, in a rank or alone, and writes its result."""
     import dist_train.keras_horovod as hvk
 
     communicator = hvk.init(threads_per_rank=1)
@@ -62,7 +70,8 @@ def work(task: str, output: Path) -> None:
         result: object = communicator.world_size
     elif task == "memory":
         step_seconds(communicator, dense_model())
-        result = communicator.all_gather_object(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result = communicator.all_gather_object(peak_bytes)
     else:
         result = [step_seconds(communicator, many_tensors(*size)) for size in SIZES]
     if communicator.is_root:
@@ -76,10 +85,13 @@ def many_tensors(num_tensors: int, num_parameters: int):  # type: ignore[no-unty
     class Tensors(keras.Model):
         def build(self, input_shape: object) -> None:
             shape = (num_parameters // num_tensors,)
-            self.tensors = [self.add_weight(shape=shape, initializer="ones") for _ in range(num_tensors)]
+            self.tensors = [
+                self.add_weight(shape=shape, initializer="ones") for _ in range(num_tensors)
+            ]
 
         def call(self, x):  # type: ignore[no-untyped-def]
-            return x + sum(keras.ops.mean(keras.ops.square(tensor)) for tensor in self.tensors) / num_tensors
+            squares = sum(keras.ops.mean(keras.ops.square(tensor)) for tensor in self.tensors)
+            return x + squares / num_tensors
 
     return Tensors()
 
@@ -99,11 +111,17 @@ def step_seconds(communicator, model) -> float:  # type: ignore[no-untyped-def]
     import dist_train.keras_horovod as hvk
 
     width = 784 if isinstance(model, keras.Sequential) else 1
-    model.compile(keras.optimizers.SGD(1e-3), "mse", steps_per_execution=NUM_STEPS // 2, jit_compile=False)
+    model.compile(
+        keras.optimizers.SGD(1e-3), "mse", steps_per_execution=NUM_STEPS // 2, jit_compile=False
+    )
     hvk.distribute(model, communicator)
+
+    # Callbacks run once per half an epoch, after NUM_STEPS // 2 steps.
     x = np.ones((NUM_STEPS, width), np.float32)
     ends: list[float] = []
-    timer = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
+    timer = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter())
+    )
     model.fit(x, x[:, :1], batch_size=1, epochs=5, verbose=0, shuffle=False, callbacks=[timer])
     keras.backend.clear_session()
     return median(ends[i + 1] - ends[i] for i in range(2, len(ends) - 1, 2)) / (NUM_STEPS // 2)
@@ -115,7 +133,14 @@ def memory_goal(one: float, ranks: Sequence[float]) -> Goal:
 
 
 def table_of_steps(alone: Sequence[float], ranks: Sequence[float]) -> Table:
-    table = Table("tensors", "parameters", "one process", "two ranks", "difference", title="Milliseconds per step")
+    table = Table(
+        "tensors",
+        "parameters",
+        "one process",
+        "two ranks",
+        "difference",
+        title="Milliseconds per step",
+    )
     for (tensors, parameters), one, two in zip(SIZES, alone, ranks, strict=True):
         cells = [f"{1000 * value:.2f}" for value in (one, two, two - one)]
         table.add_row(f"{tensors}", f"{parameters:,}", *cells)
@@ -123,9 +148,13 @@ def table_of_steps(alone: Sequence[float], ranks: Sequence[float]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--task", choices=("start", "memory", "steps"), default="steps", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--task", choices=("start", "memory", "steps"), default="steps", help=argparse.SUPPRESS
+    )
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
     if options.worker:

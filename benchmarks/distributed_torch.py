@@ -1,6 +1,7 @@
-"""The PyTorch contender of the distributed benchmark: DistributedDataParallel over Gloo. Runs in .venv-torch.
+"""The PyTorch contender of the distributed benchmark: DistributedDataParallel over Gloo.
 
-LOCAL_RANK, RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the orchestrator, as from torchrun.
+Runs in .venv-torch. LOCAL_RANK, RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the
+orchestrator, as from torchrun.
 """
 
 import argparse
@@ -35,13 +36,15 @@ from benchmarks.workloads import (
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward part, each after its normalisation and around a residual path."""
+    """Attention and a feed-forward part, each after its normalisation, each with a residual."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.attention = nn.MultiheadAttention(WIDTH, NUM_HEADS, batch_first=True)
-        self.feed_forward = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm_1(x)
@@ -90,7 +93,9 @@ def _cnn() -> nn.Module:
 
 def _transformer() -> nn.Module:
     blocks = [Block() for _ in range(NUM_BLOCKS)]
-    return nn.Sequential(nn.Embedding(NUM_TOKENS, WIDTH), *blocks, Mean(), nn.Linear(WIDTH, NUM_CLASSES))
+    return nn.Sequential(
+        nn.Embedding(NUM_TOKENS, WIDTH), *blocks, Mean(), nn.Linear(WIDTH, NUM_CLASSES)
+    )
 
 
 def mean_over_ranks(value: float) -> float:
@@ -101,12 +106,16 @@ def mean_over_ranks(value: float) -> float:
 
 def measure(workload: Workload, turns: Turns) -> None:
     """Reports examples per second over all ranks, in slices."""
-    arrays = examples(workload, workload.num_examples, dist.get_rank())
-    x, y = torch.from_numpy(arrays[0]).long() if workload.kind == "texts" else torch.from_numpy(arrays[0]), arrays[1]
-    x = x.permute(0, 3, 1, 2).contiguous() if workload.kind == "images" else x
-    batches = list(
-        zip(x.split(workload.batch_size), torch.from_numpy(y).long().split(workload.batch_size), strict=True)
-    )
+    inputs_of_rank, classes = examples(workload, workload.num_examples, dist.get_rank())
+    x = torch.from_numpy(inputs_of_rank)
+    y = torch.from_numpy(classes).long()
+    if workload.kind == "texts":
+        x = x.long()
+    elif workload.kind == "images":
+        x = x.permute(0, 3, 1, 2).contiguous()
+    parts = zip(x.split(workload.batch_size), y.split(workload.batch_size), strict=True)
+    batches = list(parts)
+
     model = nn.parallel.DistributedDataParallel(make_model(workload))
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     loss = nn.CrossEntropyLoss()
@@ -122,7 +131,8 @@ def measure(workload: Workload, turns: Turns) -> None:
             num_done += 1
 
     measure_slices(run, workload, turns)
-    check_equal_weights([parameter.detach().numpy() for parameter in model.parameters()], mean_over_ranks)
+    weights = [parameter.detach().numpy() for parameter in model.parameters()]
+    check_equal_weights(weights, mean_over_ranks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,9 +1,11 @@
-"""The TensorFlow contenders of the distributed benchmark: one process measures all models, one after the other.
+"""The TensorFlow contenders of the distributed benchmark.
+
+One process measures all models, one after the other.
 
 dist_train    this project: distribute(model), then epochs of shared.training
 bare_horovod  a plain loop around Horovod's DistributedGradientTape, in Horovod's own settings
-mwms          the same loop under MultiWorkerMirroredStrategy, with the ring of TensorFlow's collectives
-one_process   the same epochs in one process on all cores, with the batch of all ranks: what there is without ranks
+mwms          the same loop under MultiWorkerMirroredStrategy, with TensorFlow's ring
+one_process   the same epochs in one process on all cores, with the batch of all ranks
 
 Ranks are pinned to one core each and compute with one thread. Only dist_train uses XLA, for the
 optimizer's update, as it does by default.
@@ -38,9 +40,11 @@ from benchmarks.workloads import (
     pin_to_core,
 )
 from shared.data import Dataset
+from shared.experiment import PerformanceSection
 from shared.training import EpochBatches, fit_epochs
 
-# Prepares the process, and returns this rank, the mean over ranks, and what reports a workload's slices.
+# A contender prepares the process, and returns its rank, the mean over ranks, and the function that
+# reports a workload's slices.
 Mean: TypeAlias = Callable[[float], float]
 Measure: TypeAlias = Callable[[Workload, Turns], None]
 Prepare: TypeAlias = Callable[[], tuple[int, Mean, Measure]]
@@ -48,15 +52,15 @@ Prepare: TypeAlias = Callable[[], tuple[int, Mean, Measure]]
 
 def dist_train() -> tuple[int, Mean, Measure]:
     import dist_train.keras_horovod as hvk
-    from dist_train.trainer import STEPS_PER_EXECUTION
 
     communicator = hvk.init(threads_per_rank=1)
+    num_steps = PerformanceSection().steps_per_execution_on(communicator.world_size)
 
     def mean(value: float) -> float:
         return float(np.mean(communicator.all_gather_object(value)))
 
     def measure(workload: Workload, turns: Turns) -> None:
-        model = hvk.distribute(compiled(workload, STEPS_PER_EXECUTION), communicator)
+        model = hvk.distribute(compiled(workload, num_steps), communicator)
         measure_epochs(model, workload, turns, communicator.rank, communicator.world_size)
         check_equal_weights(model.get_weights(), mean)
 
@@ -106,7 +110,9 @@ def mwms() -> tuple[int, Mean, Measure]:
     def sum_over_ranks(value: tf.Tensor) -> tf.Tensor:
         def total(own: tf.Tensor) -> tf.Tensor:
             placed = tf.identity(own)  # on the replica's device, which all_reduce asks for
-            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, placed)
+            return tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.SUM, placed
+            )
 
         return strategy.run(total, args=(value,))
 
@@ -121,8 +127,10 @@ def mwms() -> tuple[int, Mean, Measure]:
 
         def train(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
             with tf.GradientTape() as tape:
-                value = loss(y, model(x, training=True)) / NUM_RANKS  # the optimizer sums over ranks
-            gradients = tape.gradient(value, [variable.value for variable in model.trainable_variables])
+                # The optimizer sums over ranks.
+                value = loss(y, model(x, training=True)) / NUM_RANKS
+            variables = [variable.value for variable in model.trainable_variables]
+            gradients = tape.gradient(value, variables)
             optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
             return value
 
@@ -130,7 +138,9 @@ def mwms() -> tuple[int, Mean, Measure]:
         def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
             return strategy.run(train, args=(x, y))
 
-        batches = strategy.distribute_datasets_from_function(lambda _: repeated_batches(workload, rank))
+        batches = strategy.distribute_datasets_from_function(
+            lambda _: repeated_batches(workload, rank)
+        )
         measure_loop(workload, model, step, batches, turns)
 
     return rank, mean, measure
@@ -156,7 +166,13 @@ def adam() -> keras.optimizers.Optimizer:
 def compiled(workload: Workload, steps_per_execution: int = 1) -> keras.Model:
     model = keras_model(workload)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(adam(), loss, metrics=["accuracy"], steps_per_execution=steps_per_execution, jit_compile=False)
+    model.compile(
+        adam(),
+        loss,
+        metrics=["accuracy"],
+        steps_per_execution=steps_per_execution,
+        jit_compile=False,
+    )
     return model
 
 
@@ -164,12 +180,19 @@ def repeated_batches(workload: Workload, rank: int) -> tf.data.Dataset:
     """A rank's examples over and over, in batches."""
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
-    dataset = tf.data.Dataset.from_tensor_slices(examples(workload, workload.num_examples, rank)).repeat()
+    dataset = tf.data.Dataset.from_tensor_slices(
+        examples(workload, workload.num_examples, rank)
+    ).repeat()
     return dataset.batch(workload.batch_size, drop_remainder=True).prefetch(2).with_options(options)
 
 
-def measure_loop(workload: Workload, model: keras.Model, step: Callable[..., Any], batches: Any, turns: Turns) -> None:
-    """Reports the slices of step(x, y) over the batches, after which all ranks must hold the same weights."""
+def measure_loop(
+    workload: Workload, model: keras.Model, step: Callable[..., Any], batches: Any, turns: Turns
+) -> None:
+    """Reports the slices of step(x, y) over the batches.
+
+    Raises RuntimeError unless all ranks hold the same weights afterwards.
+    """
     iterator = iter(batches)
 
     def run(steps: int) -> None:
@@ -182,7 +205,10 @@ def measure_loop(workload: Workload, model: keras.Model, step: Callable[..., Any
 
 
 class TimedEpochs(keras.callbacks.Callback):
-    """Reports each epoch of a fit but the first, which warms up: from its begin to its last step's end."""
+    """Reports each epoch of a fit but the first, which warms up.
+
+    An epoch is timed from its begin to the end of its last step.
+    """
 
     def __init__(self, workload: Workload, turns: Turns) -> None:
         super().__init__()
@@ -202,17 +228,23 @@ class TimedEpochs(keras.callbacks.Callback):
             self.turns.report(self.workload.name, num_examples / (self.ended - self.started))
 
 
-def measure_epochs(model: keras.Model, workload: Workload, turns: Turns, rank: int = 0, world_size: int = 1) -> None:
+def measure_epochs(
+    model: keras.Model, workload: Workload, turns: Turns, rank: int = 0, world_size: int = 1
+) -> None:
     """Reports the examples per second of epochs over the examples of all ranks."""
     parts = [examples(workload, workload.num_examples, r) for r in range(NUM_RANKS)]
     x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     dataset = Dataset(x, y, NUM_CLASSES)
-    batches = EpochBatches(dataset, workload.global_batch_size, SEED, rank=rank, world_size=world_size)
+    batches = EpochBatches(
+        dataset, workload.global_batch_size, SEED, rank=rank, world_size=world_size
+    )
     fit_epochs(model, batches, 0, 1 + turns.num_slices, callbacks=[TimedEpochs(workload, turns)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, required=True)
     parser.add_argument("--turns", type=Path, required=True)

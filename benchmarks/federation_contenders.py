@@ -1,7 +1,7 @@
-"""The contenders of the federated benchmark: how a federation of each is started, and where its rounds are read.
+"""The contenders of the federated benchmark: starting a federation, and the times of its rounds.
 
-All train the same model on the same silos' data and evaluate at the silos in each round. Everything is on the loopback
-interface, and ends with us.
+All train the same model on the same silos' data and evaluate at the silos in each round. Everything
+is on the loopback interface, and ends with this process.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ TIMEOUT_S = 600.0  # of a whole federation
 POLL_S = 0.1
 STOCK_APP = Path(__file__).with_name("flower_stock")
 NVFLARE_ENVIRONMENT, NVFLARE_PINS = ".venv-nvflare", "nvflare.txt"
-# Processes too are in a namespace of their own: those of NVFlare leave their parents, but end with the namespace.
+# Processes too are in a namespace of their own: those of NVFlare leave their parents, but end with
+# the namespace.
 UNSHARE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 LOOPBACK_UP = ("sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 
 
 @dataclass(frozen=True)
 class Case:
-    """How many silos, and a model of which size (see SIZES)."""
+    """The number of silos, and the size of the model (see SIZES)."""
 
     num_silos: int
     size: str
@@ -73,13 +74,19 @@ class Federation:
 
 @dataclass(frozen=True)
 class Contender:
-    """`start` starts the processes; `marks` are the times in seconds at which its rounds ended, and the first began."""
+    """One system to measure.
+
+    start: starts the processes of a federation. marks: the times in seconds at which its rounds
+    ended, and the first began.
+    """
 
     start: Callable[[ProcessGroup, Federation], None]
     marks: Callable[[Federation], list[float]] = lambda federation: read_marks(federation.marks)
 
 
-def measure(contender: Contender, federation: Federation, timeout_s: float = TIMEOUT_S) -> list[float]:
+def measure(
+    contender: Contender, federation: Federation, timeout_s: float = TIMEOUT_S
+) -> list[float]:
     """Runs a federation and returns the seconds of each round but the first.
 
     Raises ContenderError if a process ends, or the time is up, before all rounds are done.
@@ -90,22 +97,27 @@ def measure(contender: Contender, federation: Federation, timeout_s: float = TIM
     with ProcessGroup() as group:
         contender.start(group, federation)
         while True:
-            ended = group.dead()  # looked up first: what a process wrote before its end counts
+            ended = group.dead()  # before the marks: what a process wrote before its end counts
             marks = contender.marks(federation)
             if len(marks) >= num_marks:
                 return seconds_per_round(marks[:num_marks])
-            found = f"{max(len(marks) - 1, 0)} of {num_marks - 1} rounds: see {federation.folder}/*.log"
+
+            num_rounds = max(len(marks) - 1, 0)
+            progress = f"{num_rounds} of {num_marks - 1} rounds: see {federation.folder}/*.log"
             if ended:
-                raise ContenderError(f"{', '.join(ended)} ended after {found}")
+                raise ContenderError(f"{', '.join(ended)} ended after {progress}")
             if time.monotonic() > deadline:
-                raise ContenderError(f"{timeout_s:.0f} s were enough for {found}")
+                raise ContenderError(f"{timeout_s:.0f} s were enough for {progress}")
             time.sleep(POLL_S)
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The common environment of all contenders, and places of their own for what they keep."""
-    common = distributed.environment({})
-    common = {name: value for name, value in common.items() if not name.startswith(("FLWR_", "NVFLARE_"))}
+    """The common environment of all contenders, with folders of their own for their files."""
+    common = {
+        name: value
+        for name, value in distributed.environment({}).items()
+        if not name.startswith(("FLWR_", "NVFLARE_"))
+    }
     places = {"FLWR_HOME": str(folder / "flwr"), "NVFLARE_POC_WORKSPACE": str(folder / "poc")}
     return {**common, **places, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
@@ -126,7 +138,16 @@ def launch_command(settings: Mapping[str, Any], folder: Path, node: str) -> list
     """The command for a federation of ours; its silos are to be added."""
     path = folder / "experiment.toml"
     path.write_text(tomli_w.dumps(settings), encoding="utf-8")
-    return [BIN / "python", "-m", "fl_app.launch", path, "--node", node, "--run-dir", folder / "run"]
+    return [
+        BIN / "python",
+        "-m",
+        "fl_app.launch",
+        path,
+        "--node",
+        node,
+        "--run-dir",
+        folder / "run",
+    ]
 
 
 def experiment(size: str, num_rounds: int) -> dict[str, Any]:
@@ -135,7 +156,11 @@ def experiment(size: str, num_rounds: int) -> dict[str, Any]:
         "data": {"validation_fraction": EVALUATED_SHARE},
         "model": {"name": "mlp", "options": f"units = {list(SIZES[size])}"},
         "optimizer": {"name": "adam", "learning_rate": LEARNING_RATE},
-        "federation": {"num_rounds": num_rounds, "local_batch_size": BATCH_SIZE, "evaluate_on_server": False},
+        "federation": {
+            "num_rounds": num_rounds,
+            "local_batch_size": BATCH_SIZE,
+            "evaluate_on_server": False,
+        },
     }
 
 
@@ -150,10 +175,12 @@ def start_flower_stock(group: ProcessGroup, federation: Federation) -> None:
     """The app of its template on a SuperLink and SuperNodes, with all of Flower's own waits."""
     variables = environment(federation.folder)
     address = start_superlink(group, federation.folder, variables)
-    for silo, port in zip(federation.silos, free_ports(len(federation.silos)), strict=True):
-        node: list[str | Path] = [BIN / "flower-supernode", "--insecure", "--superlink", address, "--port", str(port)]
-        node += ["--node-config", f'data="{silo}"']
+    ports = free_ports(len(federation.silos))
+    for silo, port in zip(federation.silos, ports, strict=True):
+        node: list[str | Path] = [BIN / "flower-supernode", "--insecure", "--superlink", address]
+        node += ["--port", str(port), "--node-config", f'data="{silo}"']
         group.start(silo.stem, node, variables, federation.folder / f"{silo.stem}.log")
+
     run_config = {
         "num-server-rounds": federation.num_rounds + 1,
         "num-nodes": federation.case.num_silos,
@@ -169,9 +196,13 @@ def start_superlink(group: ProcessGroup, folder: Path, variables: Mapping[str, s
     address = f"127.0.0.1:{port}"
     home = Path(variables["FLWR_HOME"])
     home.mkdir(parents=True)
-    (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"here": {"address": address, "insecure": True}}}))
-    command: list[str | Path] = [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--disable-runtime-dependency-installation"]  # else it would download the app's packages for each run
+    config = {"superlink": {"here": {"address": address, "insecure": True}}}
+    (home / "config.toml").write_text(tomli_w.dumps(config))
+
+    command: list[str | Path] = [BIN / "flower-superlink", "--insecure"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    # Else it would download the app's packages for each run.
+    command += ["--disable-runtime-dependency-installation"]
     superlink = group.start("superlink", command, variables, folder / "superlink.log")
     if not wait_until_listening(port, superlink, START_TIMEOUT_S):
         raise ContenderError(f"the SuperLink did not start: see {folder}/superlink.log")
@@ -179,7 +210,11 @@ def start_superlink(group: ProcessGroup, folder: Path, variables: Mapping[str, s
 
 
 def start_run(
-    group: ProcessGroup, folder: Path, variables: Mapping[str, str], app: Path, run_config: Mapping[str, Any]
+    group: ProcessGroup,
+    folder: Path,
+    variables: Mapping[str, str],
+    app: Path,
+    run_config: Mapping[str, Any],
 ) -> None:
     path = folder / "run-config.toml"
     path.write_text(tomli_w.dumps(run_config), encoding="utf-8")
@@ -191,10 +226,16 @@ def start_run(
 
 
 def start_nvflare(is_tuned: bool, group: ProcessGroup, federation: Federation) -> None:
-    """Its POC mode in a network of its own: its servers listen on all interfaces, on fixed ports."""
+    """Its POC mode in a network of its own.
+
+    Its servers listen on all interfaces, on fixed ports.
+    """
     python = pinned_python(NVFLARE_ENVIRONMENT, NVFLARE_PINS)
     variables = environment(federation.folder)
-    variables |= {"HOME": str(federation.folder), "PATH": f"{python.parent}{os.pathsep}{variables['PATH']}"}
+    variables |= {
+        "HOME": str(federation.folder),
+        "PATH": f"{python.parent}{os.pathsep}{variables['PATH']}",
+    }
     command = loopback_only([python, "-m", "benchmarks.nvflare_job"])
     command += ["--silos", str(federation.case.num_silos), "--size", federation.case.size]
     command += ["--rounds", str(federation.num_rounds + 2)]  # a mark is the beginning of a round
@@ -204,7 +245,10 @@ def start_nvflare(is_tuned: bool, group: ProcessGroup, federation: Federation) -
 
 
 def loopback_only(command: list[str | Path]) -> list[str | Path]:
-    """The command in a network with nothing but its own loopback interface; all that it starts ends with it."""
+    """The command in a network that has only a loopback interface of its own.
+
+    All processes that it starts end with it.
+    """
     become_root = [] if os.geteuid() == 0 else ["--map-root-user"]
     return [*UNSHARE, *become_root, *LOOPBACK_UP, *command]
 

@@ -1,7 +1,7 @@
-"""What all contenders of the federated benchmark share: the silos' data, the models, and how a round is marked.
+"""The workload of the federated benchmark's contenders: the silos' data, the models, the marks.
 
-Flower's stock app and NVFlare read this file too, the latter in an environment of its own, and only with numpy and
-Keras; everything else is imported where it is needed.
+Flower's stock app and NVFlare read this file too, the latter in an environment of its own, and only
+with numpy and Keras; everything else is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SEED = 0
 NUM_PIXELS, NUM_CLASSES = 64, 10
 EXAMPLES_PER_SILO = 200
-EVALUATED_SHARE = 0.1  # of a silo's examples: they judge the weights that come in, the others are trained on
+EVALUATED_SHARE = 0.1  # of a silo's examples; the weights that arrive are evaluated on them
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
 
@@ -30,19 +30,27 @@ SIZES: dict[str, tuple[int, ...]] = {"20kB": (64,), "5MB": (1081, 1081), "100MB"
 Examples = tuple[np.ndarray, np.ndarray]
 
 
-def write_silos(folder: Path, num_silos: int, examples_per_silo: int = EXAMPLES_PER_SILO) -> list[Path]:
-    """Writes the data of silo 0, 1, ... as .npz files of x and y: disjoint parts of scikit-learn's digits."""
+def write_silos(
+    folder: Path, num_silos: int, examples_per_silo: int = EXAMPLES_PER_SILO
+) -> list[Path]:
+    """Writes the data of silo 0, 1, ... as .npz files of x and y.
+
+    They are disjoint parts of scikit-learn's digits.
+    """
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
     if num_silos * examples_per_silo > len(x):
-        raise ValueError(f"digits has {len(x)} examples; received {num_silos} silos of {examples_per_silo}.")
+        raise ValueError(
+            f"digits has {len(x)} examples; received {num_silos} silos of {examples_per_silo}."
+        )
     order = np.random.default_rng(SEED).permutation(len(x))
     folder.mkdir(parents=True, exist_ok=True)
     paths = [silo_path(folder, i) for i in range(num_silos)]
     for i, path in enumerate(paths):
         own = order[i * examples_per_silo : (i + 1) * examples_per_silo]
-        np.savez(path, x=(x[own] / 16).astype(np.float32), y=y[own].astype(np.int32), num_classes=NUM_CLASSES)
+        pixels = (x[own] / 16).astype(np.float32)
+        np.savez(path, x=pixels, y=y[own].astype(np.int32), num_classes=NUM_CLASSES)
     return paths
 
 
@@ -59,11 +67,17 @@ def read_silo(path: Path) -> tuple[Examples, Examples]:
 
 
 def compiled_model(size: str) -> keras.Model:
-    """The multilayer perceptron of that size, with the weights that SEED gives; its outputs are logits."""
+    """The multilayer perceptron of that size, with the weights that SEED gives.
+
+    Its outputs are logits.
+    """
     import keras
 
     keras.utils.set_random_seed(SEED)
-    hidden = [keras.layers.Dense(width, activation="relu", name=f"dense{i}") for i, width in enumerate(SIZES[size])]
+    hidden = [
+        keras.layers.Dense(width, activation="relu", name=f"dense{i}")
+        for i, width in enumerate(SIZES[size])
+    ]
     outputs = keras.layers.Dense(NUM_CLASSES, name="output")
     model = keras.Sequential([keras.layers.Input((NUM_PIXELS,)), *hidden, outputs])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -72,7 +86,7 @@ def compiled_model(size: str) -> keras.Model:
 
 
 def write_mark(path: Path) -> None:
-    """Notes that a round ends, and the next one begins, now."""
+    """Records that a round ends, and the next one begins, now."""
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{time.monotonic()}\n")
 

@@ -1,6 +1,7 @@
-"""The training script of the NVFlare contender, in the form that its Client API recommends. Runs in .venv-nvflare.
+"""The training script of the NVFlare contender, in the form that its Client API recommends.
 
-Every site runs it, in its own process, for the whole job: data, model and compiled step stay.
+Runs in .venv-nvflare. Every site runs it, in its own process, for the whole job: data, model and
+compiled step stay.
 """
 
 import argparse
@@ -8,7 +9,13 @@ from pathlib import Path
 
 import nvflare.client as flare
 
-from benchmarks.federation_workload import BATCH_SIZE, compiled_model, read_silo, silo_path, write_mark
+from benchmarks.federation_workload import (
+    BATCH_SIZE,
+    compiled_model,
+    read_silo,
+    silo_path,
+    write_mark,
+)
 
 FIRST_SITE = "site-1"  # the first one marks the rounds
 
@@ -21,7 +28,8 @@ def main() -> None:
     options = parser.parse_args()
     flare.init()
     site = flare.get_site_name()
-    (x, y), (x_evaluated, y_evaluated) = read_silo(silo_path(options.data, int(site.removeprefix("site-")) - 1))
+    number = int(site.removeprefix("site-")) - 1
+    (x, y), (x_evaluated, y_evaluated) = read_silo(silo_path(options.data, number))
     model = compiled_model(options.size)
     while flare.is_running():
         received = flare.receive()

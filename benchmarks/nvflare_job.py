@@ -1,7 +1,7 @@
-"""The NVFlare contender of the federated benchmark: its FedAvg recipe for TensorFlow, in its POC mode.
+"""The NVFlare contender of the federated benchmark: its FedAvg recipe, in its POC mode.
 
-Runs in .venv-nvflare, in a network namespace with nothing but the loopback interface: the servers that it starts listen
-on all interfaces.
+Runs in .venv-nvflare, in a network namespace with nothing but the loopback interface: the servers
+that it starts listen on all interfaces.
 """
 
 import argparse
@@ -19,20 +19,27 @@ POLL_S = 0.05  # of the tuned contender
 
 
 class TunedRecipe(FedAvgRecipe):
-    """The recipe with the controller looking for results every POLL_S, instead of 0.5 s."""
+    """The recipe with a controller that polls for results every POLL_S, instead of 0.5 s."""
 
     def _get_controller_kwargs(self) -> dict[str, Any]:
         return {**super()._get_controller_kwargs(), "task_check_period": POLL_S}
 
 
 def make_recipe(options: argparse.Namespace) -> FedAvgRecipe:
-    """The job; tuned: server and clients look every POLL_S for what they wait for, as far as options of NVFlare say."""
+    """The job.
+
+    Tuned: server and clients poll every POLL_S, as far as NVFlare has options for that.
+    """
     arguments = f"--size {options.size} --data {options.data} --marks {options.marks}"
-    recipe = (TunedRecipe if options.tuned else FedAvgRecipe)(
+    kind = TunedRecipe if options.tuned else FedAvgRecipe
+    recipe = kind(
         name="benchmark",
         num_rounds=options.rounds,
         min_clients=options.silos,
-        model={"class_path": "benchmarks.federation_workload.compiled_model", "args": {"size": options.size}},
+        model={
+            "class_path": "benchmarks.federation_workload.compiled_model",
+            "args": {"size": options.size},
+        },
         train_script=str(Path(__file__).with_name("nvflare_client.py")),
         train_args=arguments,
     )

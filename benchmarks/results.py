@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: samples, goals and the machine's facts, as a JSON file and as tables."""
+"""The results of a benchmark: samples, goals and the machine's facts, as JSON and as tables."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from rich.table import Table
 
 from shared.run_record import installed_versions
 
-Samples: TypeAlias = Mapping[str, Mapping[str, Sequence[float]]]  # contender, then model (or case): figures
+# Contender, then model or case: figures.
+Samples: TypeAlias = Mapping[str, Mapping[str, Sequence[float]]]
 Medians: TypeAlias = dict[str, dict[str, float]]
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -56,24 +57,31 @@ def medians(samples: Samples) -> Medians:
 
 def ratio(of: Medians, numerator: str, denominator: str, case: str) -> float | None:
     """One contender's median over another's; None if either was not measured."""
-    above, below = of.get(numerator, {}).get(case), of.get(denominator, {}).get(case)
+    above = of.get(numerator, {}).get(case)
+    below = of.get(denominator, {}).get(case)
     return None if above is None or not below else above / below
 
 
 def machine_facts(packages: Iterable[str]) -> dict[str, Any]:
-    """The processor, the cores this process may use, kernel, Python, load at this moment, and installed versions."""
+    """The machine and its software, as the benchmark meets them.
+
+    cores: those that this process may use. load: of this moment, the work of others, some of which
+    the benchmark may suffer from.
+    """
+    cpu_info = CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.is_file() else ""
+    one_minute_load, *_ = os.getloadavg()
     return {
-        "cpu": cpu_name(CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.is_file() else ""),
+        "cpu": cpu_name(cpu_info),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "load": round(os.getloadavg()[0], 2),  # work of others; some of it the benchmark may suffer from
+        "load": round(one_minute_load, 2),
         "versions": installed_versions(packages),
     }
 
 
 def cpu_name(cpu_info: str) -> str:
-    """The processor's name from the text of /proc/cpuinfo, or its architecture where that has none."""
+    """The processor's name from the text of /proc/cpuinfo, or else its architecture."""
     for line in cpu_info.splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
@@ -82,9 +90,16 @@ def cpu_name(cpu_info: str) -> str:
 
 
 def write_results(
-    path: Path, machine: Mapping[str, Any], samples: Samples, goals: Sequence[Goal], failures: Mapping[str, str]
+    path: Path,
+    machine: Mapping[str, Any],
+    samples: Samples,
+    goals: Sequence[Goal],
+    failures: Mapping[str, str],
 ) -> None:
-    """Writes {"machine", "samples", "goals", "failures"} as JSON; `failures` tells why a contender has no value."""
+    """Writes {"machine", "samples", "goals", "failures"} as JSON.
+
+    `failures` holds the reason of each contender that has no value.
+    """
     results = {
         "machine": machine,
         "samples": samples,
@@ -102,8 +117,9 @@ def medians_table(of: Medians, cases: Sequence[str], title: str) -> Table:
     table = Table("contender", title=title)
     for case in cases:
         table.add_column(case, justify="right")
-    for contender, found in of.items():
-        table.add_row(contender, *(f"{found[case]:,.0f}" if case in found else "-" for case in cases))
+    for contender, figures in of.items():
+        cells = [f"{figures[case]:,.0f}" if case in figures else "-" for case in cases]
+        table.add_row(contender, *cells)
     return table
 
 
@@ -114,5 +130,6 @@ def goals_table(goals: Sequence[Goal], title: str = "Goals") -> Table:
         table.add_column(column, justify="right")
     for goal in goals:
         value = "not measured" if goal.value is None else f"{goal.value:.3f}"
-        table.add_row(goal.name, value, goal.condition, "[green]yes[/]" if goal.met else "[red]no[/]")
+        is_met = "[green]yes[/]" if goal.met else "[red]no[/]"
+        table.add_row(goal.name, value, goal.condition, is_met)
     return table

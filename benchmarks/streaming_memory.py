@@ -1,7 +1,8 @@
-"""python -m benchmarks.streaming_memory [--rows N]: memory and seconds of a Parquet table on disk and in memory.
+"""python -m benchmarks.streaming_memory [--rows N]: a Parquet table on disk and in memory.
 
-Both load and split it and pass once through its training batches, each in a process of its own. The figure is the peak
-of anonymous memory (RssAnon) beyond the imports: pages of files, which the system can drop, do not count.
+Both load and split it and pass once through its training batches, each in a process of its own. The
+figure is the peak of anonymous memory (RssAnon) beyond the imports: pages of files, which the
+system can drop, do not count.
 """
 
 import argparse
@@ -18,9 +19,11 @@ NUM_COLUMNS = 40
 
 
 def anonymous_mib() -> float:
-    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found
-    return int(found[1]) / 1024
+    """The memory of this process beyond pages of files, in MiB."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    match = re.search(r"RssAnon:\s+(\d+)", status)
+    assert match
+    return int(match[1]) / 1024
 
 
 def measure(path: str, stream: bool) -> dict[str, float]:
@@ -34,22 +37,28 @@ def measure(path: str, stream: bool) -> dict[str, float]:
     from shared.experiment import DataSection
     from shared.training import EpochBatches
 
-    tf.range(3).numpy()
-    before, started, over = anonymous_mib(), time.monotonic(), threading.Event()
-    peaks = [before]
+    tf.range(3).numpy()  # TensorFlow takes its own memory at the first operation
+    before = anonymous_mib()
+    peak = before
+    started = time.monotonic()
+    is_over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.002):
-            peaks.append(max(peaks[-1], anonymous_mib()))
+        nonlocal peak
+        while not is_over.wait(0.002):
+            peak = max(peak, anonymous_mib())
 
+    # Load, split and pass once through the batches while the other thread watches.
     watcher = threading.Thread(target=watch)
     watcher.start()
     config = DataSection(name=path, stream=stream)
-    for _ in EpochBatches(split(load_examples(config), config, 0).train, 256, 0).as_tf_dataset():
+    train = split(load_examples(config), config, 0).train  # the rest is freed, as in a run
+    for _ in EpochBatches(train, 256, 0).as_tf_dataset():
         pass
-    over.set()
+    is_over.set()
     watcher.join()
-    return {"peak_mib": round(peaks[-1] - before, 1), "seconds": round(time.monotonic() - started, 1)}
+    seconds = time.monotonic() - started
+    return {"peak_mib": round(peak - before, 1), "seconds": round(seconds, 1)}
 
 
 def compare(num_rows: int) -> dict[str, dict[str, float]]:
@@ -63,20 +72,27 @@ def compare(num_rows: int) -> dict[str, dict[str, float]]:
         path = Path(folder) / "large.parquet"
         frame = pd.DataFrame({**columns, "label": rng.integers(0, 2, num_rows)})
         frame.to_parquet(path, index=False, row_group_size=50_000)
-        found = {"file": {"mb": round(path.stat().st_size / 1e6, 1)}}
+        figures = {"file": {"mb": round(path.stat().st_size / 1e6, 1)}}
         for name in ("streamed", "in_memory"):
-            command = [sys.executable, "-m", "benchmarks.streaming_memory", "--measure", str(path), name]
+            command = [sys.executable, "-m", "benchmarks.streaming_memory"]
+            command += ["--measure", str(path), name]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[name] = json.loads(done.stdout.splitlines()[-1])
-    return found
+            figures[name] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming_memory")
-    parser.add_argument("--rows", type=int, default=1_600_000, help="of the table (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=1_600_000, help="of the table (default: %(default)s)"
+    )
     parser.add_argument("--measure", nargs=2, metavar=("FILE", "HOW"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    result = measure(options.measure[0], options.measure[1] == "streamed") if options.measure else compare(options.rows)
+    result = (
+        measure(options.measure[0], options.measure[1] == "streamed")
+        if options.measure
+        else compare(options.rows)
+    )
     print(json.dumps(result))
 
 

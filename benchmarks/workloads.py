@@ -1,6 +1,7 @@
-"""What all contenders of the distributed benchmark share: the models, the data, the clock and the core of a rank.
+"""The workloads of the distributed benchmark's contenders: models, data, clock, cores.
 
-The processes of PyTorch read this file too, in an environment without Keras: only `keras_model` imports it.
+The processes of PyTorch read this file too, in an environment without Keras: only `keras_model`
+imports it.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ IMAGE_SHAPE = (32, 32, 3)
 NUM_TOKENS, TOKENS_PER_TEXT = 5000, 128
 WIDTH, NUM_HEADS, NUM_BLOCKS = 128, 4, 2
 
-# What launchers tell a rank: horovodrun, mpirun, and the orchestrator as torchrun does.
+# Set for each rank by horovodrun, by mpirun, and by the orchestrator as torchrun does.
 LOCAL_RANK_VARIABLES = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, with the examples per rank and step, the steps of a slice, and the parameters it has in every framework.
+    """A model, its batches and its slices.
 
-    A slice is one pass over a rank's examples. Its steps take 0.6 to 2 s: of that the start of an epoch is about 1 %.
+    batch_size: per rank. num_steps: of a slice, which is one pass over a rank's examples; they take
+    0.6 to 2 s, of which the start of an epoch is about 1 %. num_parameters: in every framework.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Workload:
 
     @property
     def num_examples(self) -> int:
-        """Of each rank."""
+        """The examples of each rank."""
         return self.num_steps * self.batch_size
 
 
@@ -71,7 +73,10 @@ WORKLOADS = {
 
 
 def examples(workload: Workload, num_examples: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random examples of a rank, determined by (SEED, rank): x (float32, or int32 tokens) and class ids (int32)."""
+    """Random examples of a rank, determined by (SEED, rank).
+
+    Returns x (float32, or int32 tokens) and class ids (int32).
+    """
     rng = rng_for(SEED, "benchmark", workload.name, rank)
     y = rng.integers(NUM_CLASSES, size=num_examples, dtype=np.int32)
     if workload.kind == "texts":
@@ -94,7 +99,9 @@ def keras_model(workload: Workload) -> keras.Model:
 def check_size(workload: Workload, num_parameters: int) -> None:
     """Raises RuntimeError if a framework's model is not the one that the others train."""
     if num_parameters != workload.num_parameters:
-        raise RuntimeError(f"{workload.name} has {workload.num_parameters} parameters; received {num_parameters}.")
+        raise RuntimeError(
+            f"{workload.name} has {workload.num_parameters} parameters; received {num_parameters}."
+        )
 
 
 def _mlp() -> keras.Model:
@@ -117,7 +124,13 @@ def _cnn() -> keras.Model:
     def convolution(num_filters: int) -> keras.layers.Layer:
         return layers.Conv2D(num_filters, 3, activation="relu", padding="same")
 
-    features = [convolution(32), layers.MaxPool2D(), convolution(64), layers.MaxPool2D(), convolution(64)]
+    features = [
+        convolution(32),
+        layers.MaxPool2D(),
+        convolution(64),
+        layers.MaxPool2D(),
+        convolution(64),
+    ]
     head = [layers.Flatten(), layers.Dense(128, "relu"), layers.Dense(NUM_CLASSES)]
     return Sequential([layers.Input(IMAGE_SHAPE), *features, *head])
 
@@ -145,18 +158,26 @@ def measure_slices(run: Callable[[int], object], workload: Workload, turns: Turn
         turns.begin()
         started = time.perf_counter()
         run(workload.num_steps)
-        turns.report(workload.name, workload.global_batch_size * workload.num_steps / (time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        num_samples = workload.global_batch_size * workload.num_steps
+        turns.report(workload.name, num_samples / seconds)
 
 
 def check_equal_weights(weights: Sequence[np.ndarray], mean: Callable[[float], float]) -> None:
-    """Raises RuntimeError unless all ranks hold the same weights, to 1e-4: they trained on different examples, so
-    only gradients that were exchanged leave them equal. Compares the projection of the weights on random signs.
+    """Raises RuntimeError unless all ranks hold the same weights, to 1e-4.
+
+    They trained on different examples, so only gradients that were exchanged leave them equal.
+    Compares the projection of the weights on random signs.
     """
-    rng, signs = np.random.default_rng(SEED), np.array([-1, 1], np.float32)
-    own = math.fsum(float(np.dot(w.ravel(), rng.choice(signs, w.size))) for w in weights)
-    other = mean(own)
-    if not math.isclose(own, other, rel_tol=1e-4, abs_tol=1e-4):
-        raise RuntimeError(f"The ranks hold different weights after training: {own} here, {other} on average.")
+    rng = np.random.default_rng(SEED)
+    signs = np.array([-1, 1], np.float32)
+    projections = [float(np.dot(w.ravel(), rng.choice(signs, w.size))) for w in weights]
+    own = math.fsum(projections)
+    average = mean(own)
+    if not math.isclose(own, average, rel_tol=1e-4, abs_tol=1e-4):
+        raise RuntimeError(
+            f"The ranks hold different weights after training: {own} here, {average} on average."
+        )
 
 
 def local_rank() -> int:
@@ -165,9 +186,11 @@ def local_rank() -> int:
 
 
 def pin_to_core(rank: int) -> None:
-    """Keeps this process, the threads it has and those to come, on the rank-th of the cores it was given."""
+    """Keeps this process on the rank-th of its cores, with the threads it has and those to come."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) <= rank:
-        raise ValueError(f"Each rank needs a core of its own; received {len(cores)} for rank {rank}.")
+        raise ValueError(
+            f"Each rank needs a core of its own; received {len(cores)} for rank {rank}."
+        )
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), {cores[rank]})

@@ -1,1 +1,3 @@
-"""Training across organisations: silos keep their data and send updates. Depends on `shared` only."""
+"""Training across organisations: silos keep their data and send updates. Depends on `shared`
+only.
+"""

@@ -1,173 +1,239 @@
-"""The wire: Flower records to and from the values of `local_training`. The only place with record keys.
+"""The values that cross between a server and its silos: tasks, answers, and what their bodies hold.
 
-A message holds one object, so that it crosses each of Flower's stores in one piece (cut into chunks if it is large): a
-JSON header and the arrays behind it.
+| value | direction | holds |
+|---|---|---|
+| `Task` | to a silo | any piece of work: its kind, its place in the run, JSON values, arrays |
+| `Answer` | from a silo | JSON values and arrays |
+| `Failure` | in place of an answer | the reason, in words that may leave the silo |
+| `TrainingRequest` | body of the tasks "train" and "evaluate" | schema, whether to evaluate first |
+| `SiloEntry` | body of the answer to "describe" | a silo's name, schema and number of examples |
+| `LocalResult` | the answer to "train" and "evaluate" | counts, mean metrics and the update |
+
+No engine is known here: Flower, the simulation and the tests carry the same values. The other side
+is not trusted: what `from_answer` and `from_task` return is typed and bounded by `border`, or they
+raise MessageError.
 """
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fl_app.local_training import LocalResult, Silo, SiloEntry
-from shared.data.schema import Schema, schema_from_json
-from shared.weights import Weights, add
+from fl_app.border import (
+    MAX_EXAMPLES,
+    printable_line,
+    read_count,
+    read_metrics,
+    read_name,
+    read_num_examples,
+    read_schema,
+    read_seconds,
+    understood,
+)
+from fl_app.failures import Failure, MessageError
+from shared.data.schema import Schema
+from shared.weights import Weights
 
-RECORD = "packed"
-FORMAT = "archipelago.packed.1"  # Flower's name for it is a serialisation type
-ALIGNMENT = 64  # bytes; of the header, so that arrays of four-byte numbers lie well
-
-
-def pack_task(schema: Schema, weights: Weights, round_number: int, evaluate: bool) -> RecordDict:
-    """What the server sends: the weights, what a silo needs to build the same model, and whether to judge them."""
-    return pack({"schema": schema.to_json(), "round": round_number, "evaluate": evaluate}, weights)
-
-
-def unpack_task(content: RecordDict) -> tuple[Schema, Weights, int, bool]:
-    header, weights = unpack(content)
-    with _understood("a task"):
-        return schema_from_json(header["schema"]), weights, int(header["round"]), bool(header["evaluate"])
+DESCRIBE, INFORM, TRAIN, EVALUATE = "describe", "inform", "train", "evaluate"
 
 
-def pack_silo(silo: Silo) -> RecordDict:
-    """A silo's answer to the roll call."""
-    return pack({"silo": silo.name, "num_examples": len(silo.train), "schema": silo.schema.to_json()})
+@dataclass(frozen=True)
+class Task:
+    """A piece of work that the server asks of a silo.
 
-
-def unpack_silo(content: RecordDict) -> SiloEntry:
-    header, _ = unpack(content)
-    with _understood("an answer to the roll call"):
-        return SiloEntry(str(header["silo"]), schema_from_json(header["schema"]), int(header["num_examples"]))
-
-
-def pack_result(result: LocalResult) -> RecordDict:
-    header = {name: value for name, value in vars(result).items() if name != "update"}
-    return pack(header, result.update)
-
-
-def unpack_result(content: RecordDict) -> LocalResult:
-    header, update = unpack(content)
-    with _understood("a result"):
-        return LocalResult(
-            num_examples=_count(header["num_examples"]),
-            num_validation=_count(header["num_validation"]),
-            train={str(name): float(value) for name, value in header["train"].items()},
-            validation={str(name): float(value) for name, value in header["validation"].items()},
-            update=update,
-            seconds=float(header["seconds"]),
-        )
-
-
-def pack_refusal(silo: str, reason: str) -> RecordDict:
-    """A silo that cannot take part. The reason must hold nothing of the silo's data."""
-    return RecordDict({"refusal": ConfigRecord({"silo": silo, "reason": reason})})
-
-
-def unpack_refusal(content: RecordDict) -> str | None:
-    """The refusal as a sentence, if the message is one."""
-    if "refusal" not in content.config_records:
-        return None
-    refusal: Mapping[str, Any] = content.config_records["refusal"]
-    return f"silo {refusal['silo']!r} refuses: {refusal['reason']}"
-
-
-# --- the messages of Flower's own strategies, which have the records "arrays" and "config", and back "metrics"
-
-
-def strategy_config(schema: Schema) -> ConfigRecord:
-    """What a strategy sends along with the weights. It adds "server-round"."""
-    return ConfigRecord({"schema": json.dumps(schema.to_json())})
-
-
-def strategy_arrays(weights: Weights) -> ArrayRecord:
-    return ArrayRecord([np.asarray(array) for array in weights])
-
-
-def is_of_strategy(content: RecordDict) -> bool:
-    return "arrays" in content.array_records
-
-
-def unpack_strategy_task(content: RecordDict) -> tuple[Schema, Weights, int]:
-    """(schema, weights, round). Raises ValueError for settings that a silo would have to follow and does not know."""
-    config: Mapping[str, Any] = content.config_records["config"]
-    unknown = sorted(set(config) - {"server-round", "schema"})
-    if unknown:
-        raise ValueError(
-            f"The strategy asks for {', '.join(unknown)}, which silos do not know. Choose another strategy."
-        )
-    with _understood("a task of a strategy"):
-        schema = schema_from_json(json.loads(config["schema"]))
-    return schema, content.array_records["arrays"].to_numpy_ndarrays(), config["server-round"]
-
-
-def pack_strategy_result(weights: Weights, result: LocalResult) -> RecordDict:
-    """The local weights if the silo has trained, and its metrics."""
-    judged = result.validation if not result.update else result.train
-    num_examples = result.num_examples if result.update else result.num_validation
-    metrics = MetricRecord({**judged, "num-examples": num_examples})
-    if not result.update:
-        return RecordDict({"metrics": metrics})
-    return RecordDict({"arrays": strategy_arrays(add(weights, result.update)), "metrics": metrics})
-
-
-# --- a header and arrays as bytes
-
-
-def pack(header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> RecordDict:
-    """A header of JSON values and arrays as one record of one array of bytes."""
-    forms = [[array.dtype.newbyteorder("<").str, list(array.shape)] for array in arrays]
-    text = json.dumps({"header": dict(header), "arrays": forms}).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    parts: list[Any] = [len(text).to_bytes(ALIGNMENT, "little"), text]
-    for array in filter(np.size, arrays):
-        parts.append(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data.cast("B"))
-    data = b"".join(parts)
-    return RecordDict({RECORD: ArrayRecord({RECORD: Array("uint8", (len(data),), FORMAT, data)})})
-
-
-def unpack(content: RecordDict) -> tuple[dict[str, Any], Weights]:
-    """The header, and the arrays as views of the message's bytes, which are taken out of it.
-
-    Raises ValueError for anything but what `pack` made.
+    `kind` names the handler at the silo. (`run`, `round`, `attempt`) say where in which run it
+    belongs: they key state and randomness, and tell a repetition from something new. `body` holds
+    JSON values; `arrays` are the global weights for most kinds.
     """
-    with _understood("a message"):
-        packed = content.array_records[RECORD][RECORD]
-        data, packed.data = packed.data, b""  # Flower's messages lie in cycles; the bytes must not wait for Python's gc
-        start = ALIGNMENT + int.from_bytes(data[:ALIGNMENT], "little")
-        text = json.loads(data[ALIGNMENT:start])
-        header, forms = text["header"], [(_plain_dtype(name), tuple(shape)) for name, shape in text["arrays"]]
-        arrays = []
-        for dtype, shape in forms:
-            array = np.frombuffer(data, dtype, count=math.prod(shape), offset=start).reshape(shape)
-            arrays.append(array)
-            start += array.nbytes
-    return header, arrays
+
+    kind: str
+    run: str = ""
+    round: int = 0
+    attempt: int = 0
+    body: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Sequence[np.ndarray] = ()
+
+    def header(self) -> dict[str, Any]:
+        """All but the arrays, as JSON values."""
+        return {
+            "kind": self.kind,
+            "run": self.run,
+            "round": self.round,
+            "attempt": self.attempt,
+            "body": dict(self.body),
+        }
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> Self:
+        with understood("a task"):
+            return cls(
+                kind=read_name(header["kind"]),
+                run=read_name(header["run"]) if header["run"] else "",
+                round=read_count(header["round"]),
+                attempt=read_count(header["attempt"]),
+                body=dict(header["body"]),
+                arrays=arrays,
+            )
 
 
-def _count(value: Any) -> int:
-    count = int(value)
-    if not 0 <= count < 2**53:
-        raise ValueError(f"a count: {str(value)[:20]}")
-    return count
+@dataclass(frozen=True)
+class Answer:
+    """A silo's answer to a task. It holds nothing of the silo's data but what its kind allows."""
+
+    body: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Sequence[np.ndarray] = ()
+
+    def header(self) -> dict[str, Any]:
+        """All but the arrays, as JSON values."""
+        return {"answer": dict(self.body)}
 
 
-def _plain_dtype(name: str) -> np.dtype:
-    dtype = np.dtype(name)
-    if dtype.kind not in "biuf":
-        raise ValueError(f"arrays hold numbers; received {name!r}")
-    return dtype
+def refusal_header(silo: str, reason: str) -> dict[str, Any]:
+    """The header of a silo's refusal. The reason must hold nothing of the silo's data."""
+    return {"refusal": reason, "silo": silo}
 
 
-@contextmanager
-def _understood(what: str) -> Iterator[None]:
-    """Whatever the other side sent: a ValueError that says which part is missing or of no use."""
+def reply_from_header(
+    header: Mapping[str, Any], arrays: Sequence[np.ndarray], silo: str = ""
+) -> Answer | Failure:
+    """A silo's reply: its answer, or its refusal as one printable sentence.
+
+    `silo`: its name where that is known; else a refusal goes by the name that it states.
+    """
+    with understood("a reply"):
+        if "refusal" not in header:
+            return Answer(dict(header["answer"]), arrays)
+        name = silo or printable_line(header["silo"])
+        return Failure(f"silo {name!r} refuses: {printable_line(header['refusal'])}")
+
+
+Reply = tuple[str, Answer | Failure]  # of a silo, by name
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """The body of a task with a model: what a silo needs beside the weights.
+
+    `evaluate`: report the metrics of the incoming weights, before training on them.
+    `acknowledged_round`: the last round in which the server used this silo's answer, 0 for none;
+    the silo's own state goes on from there.
+    """
+
+    schema: Schema
+    evaluate: bool
+    acknowledged_round: int = 0
+
+    def to_body(self) -> dict[str, Any]:
+        return {
+            "schema": self.schema.to_json(),
+            "evaluate": self.evaluate,
+            "acknowledged_round": self.acknowledged_round,
+        }
+
+    @classmethod
+    def from_task(cls, task: Task) -> Self:
+        with understood(f"a task {task.kind!r}"):
+            return cls(
+                schema=read_schema(task.body["schema"]),
+                evaluate=bool(task.body["evaluate"]),
+                acknowledged_round=read_count(task.body["acknowledged_round"]),
+            )
+
+
+@dataclass(frozen=True)
+class SiloEntry:
+    """A silo's description of itself at the roll call.
+
+    Its results may rest on no more examples than it claims here.
+    """
+
+    name: str
+    schema: Schema
+    num_examples: int  # that it trains on
+    num_validation: int = 0
+
+    def to_answer(self) -> Answer:
+        return Answer(
+            {
+                "silo": self.name,
+                "num_examples": self.num_examples,
+                "num_validation": self.num_validation,
+                "schema": self.schema.to_json(),
+            }
+        )
+
+    @classmethod
+    def from_answer(cls, answer: Answer) -> Self:
+        with understood("an answer to the roll call"):
+            return cls(
+                name=read_name(answer.body["silo"]),
+                schema=read_schema(answer.body["schema"]),
+                num_examples=read_num_examples(answer.body["num_examples"]),
+                num_validation=read_count(answer.body["num_validation"], MAX_EXAMPLES),
+            )
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """A silo's result: counts, mean metrics and the update; no examples.
+
+    `validation` holds the metrics of the weights that came in, before training on them; `update` is
+    local weights - global weights, empty if the silo was only to evaluate.
+    """
+
+    num_examples: int
+    num_validation: int
+    train: Mapping[str, float]
+    validation: Mapping[str, float]
+    update: Weights
+    seconds: float = 0.0  # that the silo computed
+
+    def to_answer(self) -> Answer:
+        body = {
+            "num_examples": self.num_examples,
+            "num_validation": self.num_validation,
+            "train": dict(self.train),
+            "validation": dict(self.validation),
+            "seconds": self.seconds,
+        }
+        return Answer(body, self.update)
+
+    @classmethod
+    def from_answer(cls, answer: Answer, claim: SiloEntry | None = None) -> Self:
+        """The result in an answer.
+
+        Raises MessageError if it is garbled, or rests on more examples than the silo's `claim`.
+        """
+        body = answer.body
+        with understood("a result"):
+            result = cls(
+                num_examples=read_count(body["num_examples"]),
+                num_validation=read_count(body["num_validation"]),
+                train=read_metrics(body["train"]),
+                validation=read_metrics(body["validation"]),
+                update=list(answer.arrays),
+                seconds=read_seconds(body["seconds"]),
+            )
+        if claim:
+            _check_claim("training", result.num_examples, claim.num_examples)
+            _check_claim("validation", result.num_validation, claim.num_validation)
+        return result
+
+
+def _check_claim(what: str, num_examples: int, claimed: int) -> None:
+    if num_examples > claimed:
+        raise MessageError(
+            f"a result that rests on {num_examples} {what} examples, where it claimed {claimed} at"
+            " the roll call. If its data has grown, start the run again"
+        )
+
+
+def result_of(reply: Answer | Failure, claim: SiloEntry | None = None) -> LocalResult | Failure:
+    """The result in a silo's reply; a failure if it is one, is garbled, or breaks its `claim`."""
+    if isinstance(reply, Failure):
+        return reply
     try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SyntaxError) as error:
-        raise ValueError(
-            f"{what} that this version of Archipelago does not understand: it lacks or garbles {error}"
-        ) from None
+        return LocalResult.from_answer(reply, claim)
+    except MessageError as error:
+        return Failure(f"it sent {error}")

@@ -1,1 +1,3 @@
-"""What every runtime shares: experiment, zoo, data, local training. Knows neither Horovod nor Flower."""
+"""What every runtime shares: experiment, zoo, data, local training. Knows neither Horovod nor
+Flower.
+"""

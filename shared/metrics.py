@@ -8,7 +8,9 @@ from typing import Self
 
 @dataclass(frozen=True)
 class WeightedMean:
-    """A mean in the making. Laws: zero + a = a; a + b = b + a; the value of a sum = the value of the union.
+    """A weighted mean kept as its two sums, so that means over parts can be added.
+
+    Laws: zero + a = a; a + b = b + a; the value of a sum = the value of the union.
 
     >>> (WeightedMean.of(1.0, 3) + WeightedMean.of(5.0, 1)).value
     2.0
@@ -26,6 +28,7 @@ class WeightedMean:
 
     @property
     def value(self) -> float:
+        """The mean; NaN over nothing."""
         return self.total / self.weight if self.weight else math.nan
 
 
@@ -35,7 +38,11 @@ def describe(metrics: Mapping[str, Mapping[str, float]]) -> str:
     >>> describe({"test": {"loss": 0.5, "accuracy": 0.9}})
     'test loss 0.5000, test accuracy 0.9000'
     """
-    return ", ".join(f"{split} {name} {value:.4f}" for split, of in metrics.items() for name, value in of.items())
+    return ", ".join(
+        f"{split} {name} {value:.4f}"
+        for split, values in metrics.items()
+        for name, value in values.items()
+    )
 
 
 def merge_means(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
@@ -49,5 +56,6 @@ def merge_means(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[str,
     means: dict[str, WeightedMean] = {}
     for values, num_examples in parts:
         for name, value in values.items():
-            means[name] = means.get(name, WeightedMean()) + WeightedMean.of(value, num_examples)
+            mean = means.get(name, WeightedMean())
+            means[name] = mean + WeightedMean.of(value, num_examples)
     return {name: mean.value for name, mean in means.items()}

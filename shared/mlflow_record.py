@@ -1,7 +1,7 @@
-"""A run record that is written to an MLflow server too, which the experiment names: [run] mlflow = "http://...".
+"""A run record with a copy on an MLflow server: [run] mlflow = "http://...".
 
-RUN_DIR stays the record of the run; MLflow gets a copy: the experiment's keys as parameters, each row's numbers as
-metrics by epoch or round, and at the end the result and the model.
+RUN_DIR stays the record of the run. MLflow gets the experiment's keys as parameters, each row's
+numbers as metrics by epoch or round, and at the end the result and the model.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shared.data import Schema
 from shared.experiment import Experiment
-from shared.run_record import SCHEMA, RunRecord, step_name_of
+from shared.run_record import SCHEMA, RunRecord, read_result, step_name_of
 
 if TYPE_CHECKING:
     import keras
 
 MLFLOW_RUN = "mlflow.json"  # in RUN_DIR: which run of the server this is
 COPIED = ("experiment.toml", SCHEMA, "result.json", "model.keras")
+STEPS = ("epoch", "round")
 
 
 class MlflowRecord:
-    """Wraps a `RunRecord`. A server that cannot be had at the start ends the run; one that goes away later does not."""
+    """Wraps a `RunRecord`.
+
+    A server that does not answer at the start ends the run; one that goes away later does not.
+    """
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
@@ -40,9 +44,11 @@ class MlflowRecord:
         """Raises ValueError if the server does not answer, before anything is written."""
         self.check()
         self.client, self.run_id = self._connect()
+
         self.record.open()
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / MLFLOW_RUN).write_text(json.dumps({"run_id": self.run_id}) + "\n", encoding="utf-8")
+        identity = json.dumps({"run_id": self.run_id}) + "\n"
+        (self.directory / MLFLOW_RUN).write_text(identity, encoding="utf-8")
 
     def resume_at(self, step: int) -> None:
         self.record.resume_at(step)
@@ -52,17 +58,24 @@ class MlflowRecord:
         self._log(_flat_numbers(row), row[step_name_of(row)])
 
     def append_silos(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Logs a silo's metrics as silos/NAME/SPLIT/METRIC."""
         rows = list(rows)
         self.record.append_silos(rows)
         for row in rows:
             metrics = _flat_numbers({split: row[split] for split in ("train", "validation")})
-            self._log({f"silos/{row['silo']}/{name}": value for name, value in metrics.items()}, row["round"])
+            silo = f"silos/{row['silo']}"
+            by_silo = {f"{silo}/{name}": value for name, value in metrics.items()}
+            self._log(by_silo, row["round"])
 
     def finish(self, model: keras.Model, schema: Schema, result: Mapping[str, Any]) -> None:
+        """Logs the result as final/..., copies the files and ends MLflow's run."""
         self.record.finish(model, schema, result)
-        written = json.loads((self.directory / "result.json").read_text(encoding="utf-8"))
-        numbers = {name: value for name, value in written.items() if name in ("metrics", "seconds", "bytes_sent")}
-        self._log({f"final/{name.removeprefix('metrics/')}": v for name, v in _flat_numbers(numbers).items()}, 0)
+
+        written = read_result(self.directory)
+        logged = ("metrics", "seconds", "bytes_sent")
+        numbers = _flat_numbers({key: value for key, value in written.items() if key in logged})
+        final = {f"final/{name.removeprefix('metrics/')}": n for name, n in numbers.items()}
+        self._log(final, 0)
         self._try(self._close)
 
     def _connect(self) -> tuple[Any, str]:
@@ -75,17 +88,20 @@ class MlflowRecord:
             return client, self._resumed(client) or self._created(client)
         except ImportError:
             raise ValueError(
-                f"run.mlflow = {uri!r} needs MLflow's client, which is not installed. Run pip install mlflow-skinny, "
-                "or set run.mlflow = ''."
+                f"run.mlflow = {uri!r} needs MLflow's client, which is not installed. Run pip"
+                " install mlflow-skinny, or set run.mlflow = ''."
             ) from None
-        except Exception as error:  # the client raises its own errors, and those of what it is built on
+        # The client raises its own errors, and those of what it is built on.
+        except Exception as error:
+            reason = _first_line(error).rstrip(". ")
             raise ValueError(
-                f"run.mlflow must name an MLflow server that answers (http://host:5000) or a database of its kind "
-                f"(sqlite:///mlflow.db); received {uri!r}: {str(error)[:200].splitlines()[0].rstrip('. ')}. "
-                "Mend it, or set run.mlflow = ''."
+                "run.mlflow must name an MLflow server that answers (http://host:5000) or a"
+                f" database of its kind (sqlite:///mlflow.db); received {uri!r}: {reason}. Correct"
+                " it, or set run.mlflow = ''."
             ) from None
 
     def _resumed(self, client: Any) -> str | None:
+        """The id of the run that this one continues, set to running again; None for a new one."""
         path = self.directory / MLFLOW_RUN
         if not (self.experiment.run.resume and path.is_file()):
             return None
@@ -94,16 +110,23 @@ class MlflowRecord:
         return run_id
 
     def _created(self, client: Any) -> str:
+        """The id of a new run in MLflow's experiment of this name, with the parameters logged."""
         from mlflow.entities import Param
 
         name = self.experiment.name
-        found = client.get_experiment_by_name(name)
-        experiment_id = found.experiment_id if found else client.create_experiment(name)
+        existing = client.get_experiment_by_name(name)
+        experiment_id = existing.experiment_id if existing else client.create_experiment(name)
+
         tags = {"runtime": self.record.runtime, "directory": str(self.directory)}
         run = client.create_run(experiment_id, run_name=self.directory.name, tags=tags)
-        parameters = [Param(key, str(value)) for key, value in self.experiment.to_flat().items() if _tells(key, value)]
-        client.log_batch(run.info.run_id, params=parameters)
         run_id: str = run.info.run_id
+
+        parameters = [
+            Param(key, str(value))
+            for key, value in self.experiment.to_flat().items()
+            if _is_parameter(key, value)
+        ]
+        client.log_batch(run_id, params=parameters)
         return run_id
 
     def _log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -114,15 +137,19 @@ class MlflowRecord:
         from mlflow.entities import Metric
 
         now_ms = int(1000 * time.time())
-        self.client.log_batch(self.run_id, [Metric(name, value, now_ms, step) for name, value in numbers.items()])
+        metrics = [Metric(name, value, now_ms, step) for name, value in numbers.items()]
+        self.client.log_batch(self.run_id, metrics)
 
     def _close(self) -> None:
         for name in COPIED:
             self.client.log_artifact(self.run_id, str(self.directory / name))
         self.client.set_terminated(self.run_id, "FINISHED")
 
-    def _try(self, write: Any) -> None:
-        """A run of days must not end because of a copy of its record; but its owner is told."""
+    def _try(self, write: Callable[[], None]) -> None:
+        """Writes to MLflow; a failure is reported once and does not end the run.
+
+        A run of days must not end because of a copy of its record.
+        """
         if self.is_lost:
             return
         try:
@@ -131,11 +158,15 @@ class MlflowRecord:
             self.is_lost = True
             print(
                 f"MLflow at {self.experiment.run.mlflow} gets no more of this run "
-                f"({str(error)[:200].splitlines()[0]}); "
-                f"its record in {self.directory} goes on",
+                f"({_first_line(error)}); its record in {self.directory} goes on",
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error)[:200].splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _flat_numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -147,18 +178,22 @@ def _flat_numbers(row: Mapping[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, Mapping):
-            flat |= {f"{key}/{name}": number for name, number in _flat_numbers(value).items()}
-        elif isinstance(value, int | float) and key not in ("epoch", "round"):
+            for name, number in _flat_numbers(value).items():
+                flat[f"{key}/{name}"] = number
+        elif isinstance(value, int | float) and key not in STEPS:
             flat[key] = value
     return flat
 
 
-def _tells(key: str, value: Any) -> bool:
-    """Where a record lies is no parameter of an experiment, and MLflow takes no empty ones."""
+def _is_parameter(key: str, value: Any) -> bool:
+    """Returns False for the keys of where a record lies, and for empty ones.
+
+    The former are no parameters of an experiment, the latter MLflow refuses.
+    """
     return not key.startswith("run.") and str(value) != ""
 
 
 def make_record(experiment: Experiment, runtime: str, step_name: str) -> RunRecord | MlflowRecord:
-    """The record that the experiment wants."""
+    """Returns the record that the experiment asks for."""
     record = RunRecord(experiment, runtime, step_name)
     return MlflowRecord(record) if experiment.run.mlflow else record

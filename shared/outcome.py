@@ -1,4 +1,4 @@
-"""What a trained model does, shown on held-out examples: for the result and the report."""
+"""The behaviour of a trained model on held-out examples, for the result and the report."""
 
 from typing import Any
 
@@ -9,14 +9,24 @@ import tensorflow as tf
 from shared.data import Schema
 from shared.zoo.transformer import generate
 
-PROMPT_BYTES, SAMPLE_BYTES, TEMPERATURE = 24, 200, 0.7
+PROMPT_BYTES = 24
+SAMPLE_BYTES = 200
+TEMPERATURE = 0.7
 
 
-def outcome(model: keras.Model, batches: tf.data.Dataset, schema: Schema, seed: int) -> dict[str, Any]:
-    """`confusion` where each example has one class, `sample` of a language model's text, otherwise nothing.
+def outcome(
+    model: keras.Model, batches: tf.data.Dataset, schema: Schema, seed: int
+) -> dict[str, Any]:
+    """Returns what can be shown of a model beyond its metrics, under one key or none.
 
-    confusion: counts[i][j] examples of class i were taken for class j; the diagonal's share of the sum is the accuracy.
-    sample: the first bytes of the first example, and how the model goes on.
+    | model                     | key         | value                                          |
+    |---------------------------|-------------|------------------------------------------------|
+    | one class per example     | `confusion` | counts[i][j]: examples of class i taken for j  |
+    | language model            | `sample`    | the first bytes of an example, and how it goes |
+    |                           |             | on from them                                   |
+    | any other                 | none        |                                                |
+
+    The diagonal's share of the sum of the counts is the accuracy.
     """
     if schema.task == "classification" and not schema.target_shape:
         return {"confusion": _confusion(model, batches, schema)}
@@ -28,12 +38,16 @@ def outcome(model: keras.Model, batches: tf.data.Dataset, schema: Schema, seed: 
 def _confusion(model: keras.Model, batches: tf.data.Dataset, schema: Schema) -> dict[str, Any]:
     counts = np.zeros((schema.num_classes, schema.num_classes), np.int64)
     for x, y, *_ in batches:
-        np.add.at(counts, (y.numpy(), model.predict_on_batch(x).argmax(axis=-1)), 1)
-    return {"classes": list(schema.classes or map(str, range(schema.num_classes))), "counts": counts.tolist()}
+        predicted = model.predict_on_batch(x).argmax(axis=-1)
+        np.add.at(counts, (y.numpy(), predicted), 1)
+
+    names = schema.classes or map(str, range(schema.num_classes))
+    return {"classes": list(names), "counts": counts.tolist()}
 
 
 def _sample(model: keras.Model, batches: tf.data.Dataset, seed: int) -> dict[str, str]:
     x, *_ = next(iter(batches))
-    prompt = bytes(x.numpy()[0, :PROMPT_BYTES].tolist())
+    first_ids = x.numpy()[0, :PROMPT_BYTES]
+    prompt = bytes(first_ids.tolist())
     text = generate(model, prompt, SAMPLE_BYTES, seed, TEMPERATURE)
     return {"prompt": prompt.decode(errors="replace"), "text": text.decode(errors="replace")}

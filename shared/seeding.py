@@ -6,15 +6,17 @@ import numpy as np
 
 
 def rng_for(seed: int, *scope: str | int) -> np.random.Generator:
-    """Returns the generator that belongs to (seed, scope): the same on every machine, independent between scopes.
+    """Returns the generator that belongs to (seed, scope).
 
-    Each part of the scope is hashed with its type, so that ("round", 1) and ("round", "1") differ.
+    It is the same on every machine, and independent between scopes. Each part of the scope is
+    hashed with its type, so that ("round", 1) and ("round", "1") differ.
 
     >>> a = rng_for(0, "cohort", 3).integers(1000)
     >>> bool(a == rng_for(0, "cohort", 3).integers(1000))
     True
     """
-    words = [int.from_bytes(hashlib.sha256(repr(part).encode()).digest()[:8], "big") for part in scope]
+    digests = [hashlib.sha256(repr(part).encode()).digest() for part in scope]
+    words = [int.from_bytes(digest[:8], "big") for digest in digests]
     return np.random.default_rng(np.random.SeedSequence([seed, *words]))
 
 

@@ -26,20 +26,29 @@ def max_difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
     >>> max_difference([np.array([1.0, 2.0])], [np.array([1.0, 2.5])])
     0.5
     """
-    differences = [np.abs(np.subtract(x, y, dtype=np.float64)) for x, y in zip(a, b, strict=True)]
-    return float(np.max([np.max(difference, initial=0.0) for difference in differences], initial=0.0))
+    largest = [
+        np.max(np.abs(np.subtract(x, y, dtype=np.float64)), initial=0.0)
+        for x, y in zip(a, b, strict=True)
+    ]
+    return float(np.max(largest, initial=0.0))
 
 
 def weights_sha256(weights: Iterable[np.ndarray]) -> str:
-    """SHA-256 of the weights in order, as little-endian bytes: equal exactly when the weights are bit-equal."""
+    """SHA-256 of the weights in order, as little-endian bytes.
+
+    Guarantee: equal exactly when the weights are bit-equal, however they lie in memory.
+    """
     digest = hashlib.sha256()
     for array in weights:
-        digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
+        little_endian = array.dtype.newbyteorder("<")
+        digest.update(np.ascontiguousarray(array, dtype=little_endian).tobytes())
     return digest.hexdigest()
 
 
 def blocks(size: int) -> Iterator[slice]:
-    """Slices that cover range(size): to work through a large array without temporaries as large as itself.
+    """Slices of `BLOCK` entries that cover range(size).
+
+    Working through a large array by blocks needs no temporaries as large as the array.
 
     >>> [*blocks(100_000)]
     [slice(0, 65536, None), slice(65536, 131072, None)]
@@ -48,4 +57,5 @@ def blocks(size: int) -> Iterator[slice]:
 
 
 def num_bytes(weights: Iterable[np.ndarray]) -> int:
+    """The bytes of all arrays in memory."""
     return sum(array.nbytes for array in weights)

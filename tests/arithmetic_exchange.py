@@ -1,52 +1,48 @@
-"""A federation in one process without Keras at the silos: what they answer is simple arithmetic."""
+"""A federation in one process without Keras at the silos: their answers are simple arithmetic."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
 
-from fl_app.cohort import Failure, Reply
-from fl_app.local_training import LocalResult, SiloEntry
+from fl_app.failures import Failure
+from fl_app.messages import INFORM, TRAIN, Answer, LocalResult, SiloEntry, Task
+from fl_app.simulation.exchange import InProcessExchange
 from shared.data import Schema
 from shared.weights import Weights
 from tests.local_exchange import WINE
 
 
-class Arithmetic:
-    """Implements `rounds.Exchange`: what a silo answers follows from its number and the weights.
+class Arithmetic(InProcessExchange):
+    """An exchange whose silos answer by their number, the round and the weights.
 
-    Silo i holds i + 1 examples; its update is (i + 1) times the round's number, its validation loss i + sum(weights).
+    Silo i holds i + 1 examples; its update is (i + 1) times the round's number, its validation loss
+    i + sum(weights).
     """
 
     def __init__(self, num_silos: int = 3, reverse: bool = False, fails_in_round: int = 0) -> None:
         self.numbers = {f"silo-{i}": i for i in range(num_silos)}
-        self.reverse, self.fails_in_round = reverse, fails_in_round
-        self.transfer_seconds = 0.0
-        self.seen: list[Weights] = []
+        self.reverse = reverse
+        self.fails_in_round = fails_in_round
+        self.seen: list[Weights] = []  # that were sent, once for each time that silos were asked
+        entries = [SiloEntry(name, WINE, i + 1, 2 * (i + 1)) for name, i in self.numbers.items()]
+        super().__init__(sorted(entries, key=lambda e: e.name, reverse=reverse), self.respond)
 
-    def roll_call(self, min_silos: int) -> dict[str, SiloEntry]:
-        return {name: SiloEntry(name, WINE, self.numbers[name] + 1) for name in self._in_order(list(self.numbers))}
+    def post(self, tasks: Mapping[str, Task], timeout_s: float) -> None:
+        first = next(iter(tasks.values()))
+        if first.kind != INFORM:
+            self.seen.append(list(first.arrays))
+        super().post(dict(sorted(tasks.items(), reverse=self.reverse)), timeout_s)
 
-    def train(
-        self,
-        silos: Sequence[str],
-        round_number: int,
-        schema: Schema,
-        weights: Weights,
-        evaluate: bool,
-        timeout_s: float,
-    ) -> Iterator[Reply]:
-        self.seen.append(weights)
-        for name in self._in_order(silos):
-            if round_number == self.fails_in_round and name == "silo-1":
-                yield name, Failure("it vanished")
-            else:
-                yield name, self.result(self.numbers[name], round_number, weights, evaluate)
-
-    def evaluate(self, silos: Sequence[str], schema: Schema, weights: Weights) -> Iterator[Reply]:
-        self.seen.append(weights)
-        for name in self._in_order(silos):
-            yield name, self.result(self.numbers[name], 0, weights, True)
+    def respond(self, silo: str, task: Task) -> Answer | Failure:
+        if task.kind == INFORM:
+            return Answer()
+        if task.kind == TRAIN and task.round == self.fails_in_round and silo == "silo-1":
+            return Failure("it vanished")
+        round_number = task.round if task.kind == TRAIN else 0
+        weights = list(task.arrays)
+        result = self.result(self.numbers[silo], round_number, weights, task.body["evaluate"])
+        return result.to_answer()
 
     def result(self, i: int, round_number: int, weights: Weights, evaluate: bool) -> LocalResult:
         """Silo i's; round 0: it does not train."""
@@ -65,12 +61,11 @@ class Arithmetic:
     def loss(self, i: int, weights: Weights) -> float:
         return i + float(sum(w.sum(dtype=np.float64) for w in weights))
 
-    def _in_order(self, silos: Sequence[str]) -> list[str]:
-        return sorted(silos, reverse=self.reverse)
-
 
 class GivenLosses(Arithmetic):
-    """Silos that judge the weights after round r by losses[r]: each round adds 1 to them, whoever takes part."""
+    """Silos that judge the weights after round r by losses[r]: each round adds 1 to them, whoever
+    takes part.
+    """
 
     def __init__(self, losses: Sequence[float], num_silos: int = 2) -> None:
         super().__init__(num_silos)
@@ -88,5 +83,9 @@ class GivenLosses(Arithmetic):
 def build_with_statistics(schema: Schema) -> keras.Model:
     """A model of the user's own, of which not every array is trainable."""
     inputs = keras.Input(schema.input_shape)
-    x = keras.layers.BatchNormalization(name="statistics")(keras.layers.Dense(4, name="hidden")(inputs))
-    return keras.Model(inputs, keras.layers.Dense(schema.num_outputs, name="output")(x), name="with_statistics")
+    x = keras.layers.BatchNormalization(name="statistics")(
+        keras.layers.Dense(4, name="hidden")(inputs)
+    )
+    return keras.Model(
+        inputs, keras.layers.Dense(schema.num_outputs, name="output")(x), name="with_statistics"
+    )

@@ -1,4 +1,6 @@
-"""What tests share. The environment comes first: TensorFlow and Flower read it when they are imported."""
+"""What tests share. The environment comes first: TensorFlow and Flower read it when they are
+imported.
+"""
 
 import os
 
@@ -31,11 +33,19 @@ def make_data() -> Callable[..., Dataset]:
     """A table of random examples; `num_classes` 0: regression."""
 
     def make(
-        num_examples: int, num_features: int = 4, num_classes: int = 3, weighted: bool = False, seed: int = 0
+        num_examples: int,
+        num_features: int = 4,
+        num_classes: int = 3,
+        weighted: bool = False,
+        seed: int = 0,
     ) -> Dataset:
         rng = np.random.default_rng(seed)
         x = rng.normal(size=(num_examples, num_features)).astype(np.float32)
-        y = rng.integers(num_classes, size=num_examples) if num_classes else rng.normal(size=num_examples)
+        y = (
+            rng.integers(num_classes, size=num_examples)
+            if num_classes
+            else rng.normal(size=num_examples)
+        )
         weight = rng.uniform(0.25, 2.0, size=num_examples).astype(np.float32) if weighted else None
         return Dataset(x, y.astype(np.int32 if num_classes else np.float32), num_classes, weight)
 
@@ -48,6 +58,8 @@ def numbered() -> Callable[..., Dataset]:
 
     def make(num_examples: int, weighted: bool = False) -> Dataset:
         numbers = np.arange(num_examples, dtype=np.float32)
-        return Dataset(numbers[:, None], numbers, num_classes=0, sample_weight=numbers if weighted else None)
+        return Dataset(
+            numbers[:, None], numbers, num_classes=0, sample_weight=numbers if weighted else None
+        )
 
     return make

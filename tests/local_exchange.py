@@ -1,12 +1,15 @@
-"""A federation in one process: the silos' real training, reached by function calls instead of Flower messages."""
+"""Federations in this process for the tests: experiments, silos, and what a run leaves behind."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_app.cohort import Reply
-from fl_app.local_training import Silo, SiloEntry, Workbench, load_silo, make_silo
-from fl_app.rounds import Exchange, run_federation
+from fl_app.exchange import Exchange
+from fl_app.messages import Task
+from fl_app.server.rounds import run_federation
+from fl_app.silo.data import Silo, load_silo, make_silo
+from fl_app.silo.policy import OPEN, SiloSettings
+from fl_app.simulation.exchange import InProcessExchange, exchange_of_silos
 from shared.checkpoint import load_checkpoint
 from shared.data import Schema, fit_schema, load_examples, split_pool
 from shared.data.partition import partition
@@ -26,51 +29,32 @@ BASE = {
 WINE = fit_schema(load_examples(DataSection(name="wine")), DataSection())  # 13 columns, 3 classes
 
 
-class LocalExchange:
-    """Implements `rounds.Exchange`. `data` maps each silo's name to the name or path of its data."""
-
-    transfer_seconds = 0.0
-
-    def __init__(self, experiment: Experiment, data: Mapping[str, str]) -> None:
-        self.begin(experiment, [load_silo(name, source, experiment) for name, source in data.items()])
-
-    def begin(self, experiment: Experiment, silos: Sequence[Silo]) -> None:
-        self.experiment = experiment
-        self.silos = {silo.name: silo for silo in silos}
-        self.workbenches = {silo.name: Workbench() for silo in silos}
-
-    def roll_call(self, min_silos: int) -> dict[str, SiloEntry]:
-        assert len(self.silos) >= min_silos
-        return {name: SiloEntry(name, silo.schema, len(silo.train)) for name, silo in self.silos.items()}
-
-    def train(
-        self,
-        silos: Sequence[str],
-        round_number: int,
-        schema: Schema,
-        weights: Weights,
-        evaluate: bool,
-        timeout_s: float,
-    ) -> Iterator[Reply]:
-        for name in silos:
-            silo, workbench = self.silos[name], self.workbenches[name]
-            yield name, workbench.train(silo, schema, self.experiment, weights, round_number, evaluate)
-
-    def evaluate(self, silos: Sequence[str], schema: Schema, weights: Weights) -> Iterator[Reply]:
-        for name in silos:
-            yield name, self.workbenches[name].evaluate(self.silos[name], schema, self.experiment, weights)
+def exchange_of_files(experiment: Experiment, data: Mapping[str, str]) -> InProcessExchange:
+    """Silos in this process. `data` maps each silo's name to the name or path of its data."""
+    settings = [SiloSettings(name, source, policy=OPEN) for name, source in data.items()]
+    silos = [load_silo(each, experiment) for each in settings]
+    return exchange_of_silos(experiment, silos)
 
 
-class SilosHere(LocalExchange):
-    """Silos that really train, in this process, on the examples they are given."""
+def observed(
+    exchange: InProcessExchange, observe: Callable[[Mapping[str, Task]], None]
+) -> InProcessExchange:
+    """The exchange, whose tasks are shown before they are posted."""
+    post = exchange.post
 
-    def __init__(self, experiment: Experiment, silos: Sequence[Silo]) -> None:
-        self.begin(experiment, silos)
+    def observed_post(tasks: Mapping[str, Task], timeout_s: float) -> None:
+        observe(tasks)
+        post(tasks, timeout_s)
+
+    exchange.post = observed_post  # type: ignore[method-assign]
+    return exchange
 
 
 def wine_silos(experiment: Experiment, num_silos: int) -> list[Silo]:
     """Unequal silos: a split of wine, less the test examples, as [partition] says."""
-    pool, _ = split_pool(load_examples(experiment.data), experiment.seed, experiment.data.test_fraction)
+    pool, _ = split_pool(
+        load_examples(experiment.data), experiment.seed, experiment.data.test_fraction
+    )
     parts = partition(experiment.partition, pool, num_silos, experiment.seed)
     names = [f"silo-{i}" for i in range(num_silos)]
     return [make_silo(name, part, experiment) for name, part in zip(names, parts, strict=True)]
@@ -80,7 +64,9 @@ def wine_silos(experiment: Experiment, num_silos: int) -> list[Silo]:
 
 
 def configure(directory: Path, changes: Mapping[str, Any] = {}, **run: Any) -> Experiment:
-    where = {"run.directory": str(directory / "run")} | {f"run.{key}": value for key, value in run.items()}
+    where = {"run.directory": str(directory / "run")} | {
+        f"run.{key}": value for key, value in run.items()
+    }
     return experiment_from_flat(BASE | dict(changes) | where)
 
 
@@ -94,7 +80,9 @@ def initial_weights(experiment: Experiment, schema: Schema = WINE) -> Weights:
 
 def final_weights(experiment: Experiment) -> Weights:
     """Those that the last round ended with."""
-    return list(load_checkpoint(experiment.run_directory / "checkpoint.npz", experiment).arrays["weights"])
+    return list(
+        load_checkpoint(experiment.run_directory / "checkpoint.npz", experiment).arrays["weights"]
+    )
 
 
 def rows_without_times(experiment: Experiment) -> list[dict[str, Any]]:

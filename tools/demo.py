@@ -1,6 +1,7 @@
 """make demo: the digits CNN trained three ways on the same data, then a table and a report page.
 
-One process, two Horovod ranks, and a real federation of three silos whose classes are unevenly spread.
+In one process, on two Horovod ranks, and in a real federation of three silos whose classes are
+unevenly spread.
 """
 
 import os
@@ -37,12 +38,18 @@ def main() -> int:
     if not console.is_terminal:
         console.width = 100  # a log file cuts nothing off
     shutil.rmtree(FOLDER, ignore_errors=True)
+
+    # One run after the other; the first that fails ends the demo.
     for number, (name, (where, command)) in enumerate(RUNTIMES.items(), start=1):
         console.rule(f"{number}/{len(RUNTIMES)}: {EXPERIMENT} {where}")
         status = _run([*command, EXPERIMENT, "--run-dir", str(FOLDER / name)])
         if status != 0:
-            console.print(f"error: the run {where} ended with status {status}; its lines above say why", style="red")
+            console.print(
+                f"error: the run {where} ended with status {status}; its lines above say why",
+                style="red",
+            )
             return 1
+
     runs = [FOLDER / name for name in RUNTIMES]
     page = FOLDER / "report.html"
     write_report(runs, page)
@@ -52,11 +59,12 @@ def main() -> int:
 
 
 def _run(command: Sequence[str]) -> int:
-    """Runs a command to its end, showing its lines; it ends with us."""
+    """Runs a command to its end and prints its lines; it ends with this process."""
     path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
+    environment = child_environment(PATH=path, TF_CPP_MIN_LOG_LEVEL="3")
     started = time.monotonic()
     with ProcessGroup() as group:
-        process = group.start(command[0], command, child_environment(PATH=path, TF_CPP_MIN_LOG_LEVEL="3"))
+        process = group.start(command[0], command, environment)
         assert process.stdout is not None
         for line in process.stdout:
             text = line.decode(errors="replace").rstrip()
@@ -67,8 +75,13 @@ def _run(command: Sequence[str]) -> int:
     return status
 
 
-# What TensorFlow writes to stderr before any setting can reach it.
-NOISE = ("cpu_feature_guard", "absl::InitializeLog", "To enable the following instructions", "Memory patch applied")
+# Notices that TensorFlow writes to stderr before any setting can reach it.
+NOISE = (
+    "cpu_feature_guard",
+    "absl::InitializeLog",
+    "To enable the following instructions",
+    "Memory patch applied",
+)
 
 
 if __name__ == "__main__":

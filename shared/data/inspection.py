@@ -1,48 +1,36 @@
-"""What a file of a table holds, and the [data] section that suits it."""
+"""The inspection of a table's file: its columns, its classes, and the [data] section that suits."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from shared.data.files import DELIMITERS, READERS, check_exists, read_csv
-from shared.data.tables import MAX_CLASSES, make_table
-from shared.experiment import DataSection, nearest_names
+from shared.data.checks import MAX_CLASSES
+from shared.data.description import ColumnDescription, describe_column, detect_dialect
+from shared.data.readers.csv_files import read_csv
+from shared.data.readers.files import read_usable
+from shared.data.readers.kinds import COLUMNAR, ENDINGS, check_exists, kind_of
+from shared.data.roles import check_is_column, format_names
+from shared.data.tables import make_table
+from shared.experiment import DataSection
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LABELS = ("label", "target", "class", "outcome", "y")  # names that a target often has
-MANY = 50  # different texts beyond which a column is no set of categories
-FEW = 20  # different whole numbers up to which a target is a set of classes
-UNEVEN = 3.0  # times as many examples in the largest class as in the smallest: weigh them
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a file, described."""
-
-    name: str
-    kind: str  # whole numbers, numbers, text, empty
-    missing: int
-    distinct: int
-    example: str  # the range of numbers, the commonest texts
-    role: str = "number"  # what [data] makes of it: label, number, categorical, id, or left out with the reason
+MAX_SUGGESTED_CLASSES = 20  # more different whole numbers are a regression's targets
+MAX_IMBALANCE = 3.0  # times as many examples in the largest class as in the smallest: weigh them
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file holds: its columns, the examples of each class, and the keys of [data] that suit it."""
+    """A file's columns, the examples of each class (largest first), and the keys of [data]."""
 
     num_examples: int
-    columns: list[Column]
+    columns: list[ColumnDescription]
     keys: dict[str, str]
     classes: dict[str, int] = field(default_factory=dict)
 
@@ -55,153 +43,112 @@ class Inspection:
 
 
 def inspect_file(path: Path, label: str = "") -> Inspection:
-    """Reads a CSV, Parquet or TFRecord file and suggests roles. `label` is its target; empty: by name, else the last.
+    """Reads a CSV, Parquet, Arrow or TFRecord file and suggests the roles of its columns.
 
-    Raises ValueError if it cannot be read, has no such column, or if no column is left to learn from.
+    `label`: its target; empty: the first column that has a usual name, else the last. Raises
+    ValueError if the file cannot be read, has no such column, or leaves no column to learn from.
     """
-    check_exists(path)
-    if path.suffix != ".csv" and path.suffix not in READERS:
-        raise ValueError(f"Tables are in files of the kinds .csv, {', '.join(READERS)}; received {path}.")
-    keys = {"name": str(path)}
-    if path.suffix == ".csv":
-        keys |= _dialect(path)
-        frame = read_csv(path, None, keys.get("delimiter", ","), keys.get("encoding", "utf-8"))
-    else:
-        frame = READERS[path.suffix](path)
+    frame, dialect, unusable = _read_frame(path)
     names = [str(name) for name in frame.columns]
-    if label and label not in names:
-        raise ValueError(
-            f"{path} has no column {label!r} (--label); its columns are {', '.join(map(repr, names))}. "
-            f"Nearest: {', '.join(nearest_names(label, names)[:3])}."
-        )
-    label = label or next((name for name in names if name.lower() in LABELS), names[-1])
-    columns = [_described(frame[name], name == label) for name in names]
-    keys |= _suggested(columns, label, frame)
-    classes = {} if keys.get("task") == "regression" else _balance(frame[label])
-    if classes and max(classes.values()) > UNEVEN * min(classes.values()):
+    label = label or _default_label(names)
+    check_is_column(label, names, "--label", str(path))
+    columns = [describe_column(frame[name], is_label=name == label) for name in names]
+    columns += unusable
+
+    keys = {"name": str(path), **dialect, **_suggest_roles(columns, label, frame)}
+    classes: dict[str, int] = {}
+    if keys.get("task") != "regression":
+        classes = _count_classes(frame[label])
+    if classes and max(classes.values()) > MAX_IMBALANCE * min(classes.values()):
         keys["class_weights"] = "balanced"
-    _check(path, frame, keys)
+
+    # Whatever is still wrong with the file under these keys is an error now.
+    config = DataSection(**keys)  # type: ignore[arg-type]
+    make_table(frame, config, str(path))
     return Inspection(len(frame), columns, keys, classes)
 
 
-def _dialect(path: Path) -> dict[str, str]:
-    """The encoding and the delimiter of a CSV file, where they are not UTF-8 and the comma."""
-    content, keys = path.read_bytes(), {}
-    encoding = "utf-8"
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = keys["encoding"] = "utf-16"
-    else:
-        try:
-            content.decode("utf-8")
-        except UnicodeDecodeError:
-            encoding = keys["encoding"] = "latin-1"
-    header = content.decode(encoding).removeprefix("\ufeff").partition("\n")[0]
-    delimiter = max(DELIMITERS, key=header.count)  # the first of them, if the header has none
-    return keys if delimiter == "," else keys | {"delimiter": delimiter}
+def _read_frame(path: Path) -> tuple[pd.DataFrame, dict[str, str], list[ColumnDescription]]:
+    """(columns, the keys of [data] that reading takes, columns that cannot be learnt from).
+
+    Of CSV all columns are text.
+    """
+    check_exists(path)
+    if path.is_dir() or kind_of(path) in COLUMNAR:
+        frame, reasons = read_usable(path)
+        unusable = [
+            ColumnDescription(name, reason, 0, 0, "", f"left out: {reason}")
+            for name, reason in reasons.items()
+        ]
+        return frame, {}, unusable
+    if kind_of(path) != "csv":
+        endings = [ending for kind in ("csv", *COLUMNAR) for ending in ENDINGS[kind]]
+        raise ValueError(f"Tables are in files of the kinds {', '.join(endings)}; received {path}.")
+    dialect = detect_dialect(path)
+    delimiter = dialect.get("delimiter", ",")
+    encoding = dialect.get("encoding", "utf-8")
+    return read_csv(path, None, delimiter, encoding), dialect, []
 
 
-def _described(column: pd.Series[Any], is_label: bool) -> Column:
-    import pandas as pd
-
-    present = column.dropna()
-    if present.map(lambda value: isinstance(value, str)).all():
-        present = present.str.strip()
-    numbers = pd.to_numeric(present, errors="coerce")
-    name, missing, distinct = str(column.name), int(column.isna().sum()), int(present.nunique())
-
-    def described(kind: str, example: str, role: str) -> Column:
-        return Column(name, kind, missing, distinct, example, role)
-
-    if present.empty:
-        return described("empty", "", "left out: empty")
-    if numbers.notna().all():
-        whole = bool((np.mod(numbers, 1) == 0).all())
-        role = "label" if is_label else "number"
-        if distinct == 1 and not is_label:
-            role = "left out: always the same"
-        elif whole and distinct == len(column) and _is_called_id(name):
-            role = "id"
-        return described("whole numbers" if whole else "numbers", f"{numbers.min():g} to {numbers.max():g}", role)
-    commonest = ", ".join(f"{value}" for value in present.value_counts().index[:3])
-    num_text = int(numbers.isna().sum())
-    kind = "text" if num_text == len(present) else f"text in {num_text} of {len(present)} rows, else numbers"
-    role = "label" if is_label else _role_of_text(distinct, len(column), num_text < 0.05 * len(present))
-    return described(kind, commonest[:40], role)
+def _default_label(names: Sequence[str]) -> str:
+    """The first column that has a usual name, else the last one."""
+    usual = [name for name in names if name.lower() in LABELS]
+    return usual[0] if usual else names[-1]
 
 
-def _is_called_id(name: str) -> bool:
-    return name.lower() in ("id", "index", "row", "key") or name.lower().endswith(("_id", " id"))
-
-
-def _role_of_text(distinct: int, num_examples: int, is_stray: bool) -> str:
-    if is_stray:
-        return "left out: mend its text"
-    if distinct == num_examples:
-        return "id"
-    if distinct > min(MANY, num_examples / 2):
-        return f"left out: text of {distinct} kinds"
-    return "categorical"
-
-
-def _suggested(columns: Sequence[Column], label: str, frame: pd.DataFrame) -> dict[str, str]:
+def _suggest_roles(
+    columns: Sequence[ColumnDescription], label: str, frame: pd.DataFrame
+) -> dict[str, str]:
+    """The keys of [data] that declare roles, where they are not the defaults."""
     keys = {"label": label}
-    of_role: dict[str, list[str]] = {}
-    for column in columns:
-        of_role.setdefault(column.role.partition(":")[0], []).append(column.name)
     target = next(column for column in columns if column.name == label)
-    if target.kind == "numbers" or (target.kind == "whole numbers" and not _are_classes(frame[label], target)):
+    if _is_regression(target, frame[label]):
         keys["task"] = "regression"
-    ids = of_role.get("id", [])
-    features = [column.name for column in columns if column.role in ("number", "categorical")]
-    if "left out" in of_role or len(ids) > 1:
-        keys["features"] = _as_names(features)
+
+    # Features are all other columns, unless some are left out.
+    ids = [column.name for column in columns if column.role == "id"]
+    features = [column for column in columns if column.role in ("number", "categorical")]
+    any_left_out = any(column.role.startswith("left out") for column in columns)
+    if any_left_out or len(ids) > 1:
+        keys["features"] = format_names([column.name for column in features])
     elif ids:
         keys["id"] = ids[0]
-    if "categorical" in of_role:
-        keys["categorical"] = _as_names(of_role["categorical"])
-    if any(column.missing for column in columns if column.name in features):
+
+    categorical = [column.name for column in features if column.role == "categorical"]
+    if categorical:
+        keys["categorical"] = format_names(categorical)
+    if any(column.missing for column in features):
         keys["missing"] = "fill"
     return keys
 
 
-def _are_classes(column: pd.Series[Any], target: Column) -> bool:
+def _is_regression(target: ColumnDescription, values: pd.Series[Any]) -> bool:
+    """Returns whether numbers are amounts; a few different whole ones from 0 on are classes."""
     import pandas as pd
 
-    numbers = pd.to_numeric(column.dropna())
-    return target.distinct <= FEW and bool(numbers.min() >= 0) and bool(numbers.max() < MAX_CLASSES)
+    if target.kind != "whole numbers":
+        return target.kind == "numbers"
+    numbers = pd.to_numeric(values.dropna())
+    are_classes = (
+        target.distinct <= MAX_SUGGESTED_CLASSES
+        and numbers.min() >= 0
+        and numbers.max() < MAX_CLASSES
+    )
+    return not are_classes
 
 
-def _as_names(names: Sequence[str]) -> str:
-    """The inverse of `parse_names`.
-
-    >>> _as_names(["age", "sex, at birth"])
-    'age, "sex, at birth"'
-    """
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(names)
-    quoted = next(csv.reader([line.getvalue()]))
-    return ", ".join(f'"{name}"' if "," in name or '"' in name else name for name in quoted)
-
-
-def _balance(column: pd.Series[Any]) -> dict[str, int]:
+def _count_classes(column: pd.Series[Any]) -> dict[str, int]:
     counts = column.dropna().map(str).str.strip().value_counts()
     return {str(name): int(count) for name, count in counts.items()}
 
 
-def _check(path: Path, frame: pd.DataFrame, keys: dict[str, str]) -> None:
-    """That the section suits the file: what is still wrong with it is told now."""
-    config = DataSection(**keys)  # type: ignore[arg-type]
-    make_table(frame, config, str(path))
-
-
-def experiment_text(found: Inspection, name: str) -> str:
-    """A whole experiment for the file, to begin with."""
-    num_train = max(1, math.floor(0.72 * found.num_examples))
-    batch_size = 2 ** min(8, max(3, int(math.log2(num_train / 16)))) if num_train > 16 else 8
+def experiment_text(inspection: Inspection, name: str) -> str:
+    """Returns a whole experiment for the file as TOML, to begin with."""
+    batch_size = _suggest_batch_size(inspection.num_examples)
     return f"""name = "{name}"
 seed = 0
 
-{found.section}
+{inspection.section}
 [model]
 name = "mlp"                  # or linear, wide_deep, or your own: "mypackage.models:build"
 
@@ -219,3 +166,12 @@ restore_best = true
 num_rounds = 20
 local_batch_size = {batch_size}
 """
+
+
+def _suggest_batch_size(num_examples: int) -> int:
+    """The power of 2 that makes 16 to 31 batches of an epoch, but in 8..256."""
+    num_train = math.floor(0.72 * num_examples)  # what the default splits leave
+    if num_train <= 16:
+        return 8
+    exponent = int(math.log2(num_train / 16))
+    return 2 ** min(8, max(3, exponent))

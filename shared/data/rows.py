@@ -1,4 +1,4 @@
-"""An array in a file, of which only what is asked for is read."""
+"""Rows of an array that stays in its file: an index reads into memory what it asks for."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -8,7 +8,10 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of an array in a file: `rows[indices]` reads some into memory. `sha256` is the whole array's."""
+    """The rows `indices` of the array `stored`; `rows[i]`, i an index, slice or array, reads some.
+
+    `stored`: a float32 array mapped into memory, of which `sha256` is the hash.
+    """
 
     stored: np.ndarray
     indices: np.ndarray
@@ -24,9 +27,9 @@ class Rows:
         return (len(self.indices), *self.stored.shape[1:])
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        found: np.ndarray = np.asarray(self.stored[self.indices[key]])
-        return found
+        values: np.ndarray = np.asarray(self.stored[self.indices[key]])
+        return values
 
     def take(self, indices: np.ndarray) -> Self:
-        """These rows, still in the file."""
+        """Returns these of the rows, without reading them."""
         return type(self)(self.stored, self.indices[indices], self.sha256)

@@ -1,36 +1,47 @@
-"""What a model must know of its data: a value that is fitted to training examples, merged over silos, and saved."""
+"""The schema: the facts that a model needs about its data.
+
+It is fitted to training examples, merged over silos, sent to them, and saved beside the model.
+
+Merging obeys, for disjoint sets of rows A and B of one kind:
+
+* fit(A and B together) = merge(fit(A), fit(B)): counts, categories, classes and class counts
+  exactly, means and variances up to rounding;
+* the order and the grouping of the parties do not matter, up to the same rounding;
+* a column without values (count 0) changes nothing.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
+NotNegative = Field(ge=0)
 
 
 @checked_dataclass(frozen=True, config=CHECKED)
 class Number:
-    """A column of numbers: how many training examples have a value there, their mean and (population) variance."""
+    """A column of numbers: the count of values in it, their mean and (population) variance."""
 
     name: str
-    count: int
+    count: Annotated[int, NotNegative]
     mean: float
-    variance: float
+    variance: Annotated[float, NotNegative]
 
     @property
     def std(self) -> float:
-        """What to divide by: the standard deviation, or 1 for a column that is constant."""
+        """The divisor of scaling: the standard deviation, or 1 for a column that is constant."""
         return math.sqrt(self.variance) if self.variance > 1e-12 * self.mean**2 else 1.0
 
     def __add__(self, other: Number) -> Number:
-        """Of both sets of examples together (Chan, Golub and LeVeque 1979, equation 2.1).
+        """The statistics of both sets of values (Chan, Golub and LeVeque 1979, equation 2.1).
 
         >>> Number("age", 1, 4.0, 0.0) + Number("age", 2, 1.0, 0.0)
         Number(name='age', count=3, mean=2.0, variance=2.0)
@@ -38,27 +49,31 @@ class Number:
         count = self.count + other.count
         if count == 0:
             return self
-        share, apart = other.count / count, other.mean - self.mean
-        variance = (1 - share) * self.variance + share * other.variance + share * (1 - share) * apart**2
-        return Number(self.name, count, self.mean + share * apart, variance)
+        share = other.count / count
+        shift = other.mean - self.mean
+        within = (1 - share) * self.variance + share * other.variance
+        between = share * (1 - share) * shift**2
+        return Number(self.name, count, self.mean + share * shift, within + between)
 
 
 @checked_dataclass(frozen=True, config=CHECKED)
 class Category:
-    """A column of categories: those that training examples have, sorted."""
+    """A column of categories: the values that training examples have, sorted."""
 
     name: str
     values: tuple[str, ...]
 
     def __add__(self, other: Category) -> Category:
+        """The categories of both, sorted."""
         return Category(self.name, tuple(sorted({*self.values, *other.values})))
 
 
 @checked_dataclass(frozen=True, config=CHECKED)
 class Columns:
-    """How the columns of a table become inputs: numbers first, (x - mean) / std, then a 0 or 1 for each category.
+    """The columns of a table as inputs: numbers first, (x - mean) / std, then 0 or 1 per category.
 
-    `target` is None for classes. `scaled` = False: numbers are taken as they are.
+    `target`: statistics of a regression's target; None for classes, and where the inputs are the
+    targets. `scaled` = False: numbers and target are taken as they are.
     """
 
     numbers: tuple[Number, ...]
@@ -68,28 +83,50 @@ class Columns:
 
     @property
     def inputs(self) -> list[str]:
-        """The names of a model's inputs."""
-        ones = [f"{column.name}={value}" for column in self.categories for value in column.values]
-        return [column.name for column in self.numbers] + ones
+        """The names of a model's inputs, such as "age" and "sex=f"."""
+        numbers = [column.name for column in self.numbers]
+        categories = [
+            f"{column.name}={value}" for column in self.categories for value in column.values
+        ]
+        return numbers + categories
 
     @property
     def names(self) -> list[str]:
-        return [*(column.name for column in self.numbers), *(column.name for column in self.categories)]
+        """The names of the columns."""
+        numbers = [column.name for column in self.numbers]
+        categories = [column.name for column in self.categories]
+        return numbers + categories
+
+    @property
+    def kind(self) -> Hashable:
+        """The facts in which all parties' columns agree: names and roles, not statistics."""
+        numbers = tuple(column.name for column in self.numbers)
+        categories = tuple(column.name for column in self.categories)
+        return numbers, categories, self.target is not None, self.scaled
 
     def __add__(self, other: Columns) -> Columns:
-        target = self.target and other.target and self.target + other.target
-        numbers = tuple(a + b for a, b in zip(self.numbers, other.numbers, strict=True))
-        return Columns(numbers, _added(self.categories, other.categories), target, self.scaled)
+        """The statistics of both parties' rows; `other` is of the same kind."""
+        target = None
+        if self.target and other.target:
+            target = self.target + other.target
+        numbers = zip(self.numbers, other.numbers, strict=True)
+        categories = zip(self.categories, other.categories, strict=True)
+        return Columns(
+            numbers=tuple(mine + theirs for mine, theirs in numbers),
+            categories=tuple(mine + theirs for mine, theirs in categories),
+            target=target,
+            scaled=self.scaled,
+        )
 
 
 @dataclass(frozen=True)
 class Schema:
-    """What a model must know of the data: the shape of one example and the kind of target.
+    """The facts that a model needs about its data: the shape of one example, the kind of target.
 
-    `num_classes` is 0 for regression. `vocabulary_size`: examples are ids below it; 0: they are numbers.
-    `target_shape`: () for one class or number per example, (T,) for one at each of T places, and so on.
-    `classes`: their names, where the data has any. `class_counts`: training examples of each class, where the
-    experiment weighs classes by them. `columns`: of a table.
+    `num_classes` is 0 for regression. `vocabulary_size`: examples are ids below it; 0: they are
+    numbers. `target_shape`: () for one class or number per example, (T,) for one at each of T
+    places, and so on. `classes`: their names, where the data has any. `class_counts`: training
+    examples of each class, where the experiment weighs classes by them. `columns`: of a table.
     """
 
     input_shape: tuple[int, ...]
@@ -101,12 +138,15 @@ class Schema:
     columns: Columns | None = None
 
     def __str__(self) -> str:
-        ids = f", ids below {self.vocabulary_size}," if self.vocabulary_size else ""
-        targets = f" with targets of {self.target_shape}" if self.target_shape else ""
-        kind = f"examples of {self.input_shape}{ids}{targets}".rstrip(",")
+        task = f"{self.task} (named classes)" if self.classes else self.task
         if self.columns:
-            kind = f"a table of the columns {', '.join(self.columns.names)}"
-        return f"{self.task}{' (named classes)' if self.classes else ''} on {kind}"
+            return f"{task} on a table of the columns {_listed(self.columns.names)}"
+        examples = f"examples of {self.input_shape}"
+        if self.vocabulary_size:
+            examples += f", ids below {self.vocabulary_size}"
+        if self.target_shape:
+            examples += f" with targets of {self.target_shape}"
+        return f"{task} on {examples}"
 
     @property
     def input_dtype(self) -> Literal["int32", "float32"]:
@@ -118,76 +158,142 @@ class Schema:
 
     @property
     def num_outputs(self) -> int:
+        """The outputs of a model for each target: one per class, or one number."""
         return self.num_classes or 1
 
     @property
-    def kind(self) -> Schema:
-        """What the schemas of all parties must have in common, and nothing else."""
-        columns = self.columns
-        if columns:
-            numbers = tuple(Number(column.name, 0, 0.0, 0.0) for column in columns.numbers)
-            categories = tuple(Category(column.name, ()) for column in columns.categories)
-            columns = Columns(numbers, categories, columns.target and Number("", 0, 0.0, 0.0), columns.scaled)
-        shape = () if columns else self.input_shape
-        named = ("",) if self.classes else ()
-        targets = (0,) * len(self.target_shape) if columns else self.target_shape  # as many as inputs
-        return Schema(shape, min(1, self.num_classes), self.vocabulary_size, targets, named, (), columns)
+    def target_scale(self) -> Number | None:
+        """The statistics that a regression's targets are scaled by; None: they are not scaled."""
+        if self.columns and self.columns.scaled:
+            return self.columns.target
+        return None
+
+    @property
+    def kind(self) -> Hashable:
+        """The facts in which the schemas of all parties agree.
+
+        Parties may have other statistics, categories and classes, and so other numbers of inputs
+        of a table.
+        """
+        if self.columns:
+            shapes: Hashable = (self.columns.kind, len(self.target_shape))
+        else:
+            shapes = (self.input_shape, self.target_shape)
+        return self.task, self.vocabulary_size, bool(self.classes), shapes
 
     def to_json(self) -> dict[str, Any]:
+        """The schema as JSON values; `schema_from_json` is the inverse."""
         json: dict[str, Any] = SCHEMA.dump_python(self, mode="json")
         return json
+
+
+def _listed(names: Sequence[str], num_shown: int = 20) -> str:
+    """
+    >>> _listed(["a", "b", "c"], num_shown=2)
+    'a, b and 1 more'
+    """
+    if len(names) <= num_shown:
+        return ", ".join(names)
+    return f"{', '.join(names[:num_shown])} and {len(names) - num_shown} more"
 
 
 SCHEMA = TypeAdapter(Schema)
 
 
 def schema_from_json(value: Any) -> Schema:
-    """The inverse of `Schema.to_json`. Raises ValueError for anything else."""
+    """Returns the schema that `Schema.to_json` gave. Raises ValueError for anything else."""
     try:
-        return SCHEMA.validate_python(value, strict=False)
+        schema = SCHEMA.validate_python(value, strict=False)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise ValueError(f"schema: {'.'.join(map(str, problem['loc']))} {problem['msg']}") from None
+        place = ".".join(str(key) for key in problem["loc"])
+        raise ValueError(f"schema: {place} {problem['msg']}") from None
+    _check_consistent(schema)
+    return schema
+
+
+def _check_consistent(schema: Schema) -> None:
+    """Raises ValueError for facts that contradict each other."""
+    lengths = [*schema.input_shape, *schema.target_shape]
+    columns = schema.columns
+    for is_wrong, rule in (
+        (any(length < 0 for length in lengths), "no length is negative"),
+        (schema.num_classes < 0 or schema.vocabulary_size < 0, "no number is negative"),
+        (
+            len(schema.classes) not in (0, schema.num_classes),
+            f"{schema.num_classes} classes have as many names; received {len(schema.classes)}",
+        ),
+        (len(set(schema.classes)) < len(schema.classes), "no two classes have one name"),
+        (
+            len(schema.class_counts) not in (0, schema.num_classes),
+            f"{schema.num_classes} classes have as many counts; received"
+            f" {len(schema.class_counts)}",
+        ),
+        (any(count < 0 for count in schema.class_counts), "no count is negative"),
+        (
+            columns is not None and schema.input_shape != (len(columns.inputs),),
+            f"the columns' inputs are an example's shape; received {schema.input_shape}",
+        ),
+        (
+            columns is not None and len(set(columns.names)) < len(columns.names),
+            "no two columns have one name",
+        ),
+    ):
+        if is_wrong:
+            raise ValueError(f"schema: {rule}")
 
 
 def merge_schemas(schemas: Mapping[str, Schema]) -> Schema:
-    """The schema of all parties' training examples together: a table's statistics are those of the union.
+    """Returns the schema of all parties' training examples together, by the laws above.
 
-    Raises ValueError, naming who has what, if the parties hold different kinds of examples.
+    `schemas`: by the party's name. Raises ValueError, listing who has what, if the parties hold
+    different kinds of examples.
     """
     check_same_kind(schemas)
-    return reduce(_merged, schemas.values())
+    return reduce(_merge, schemas.values())
 
 
 def check_same_kind(schemas: Mapping[str, Schema]) -> None:
-    if len({schema.kind for schema in schemas.values()}) > 1:
-        found = "; ".join(f"{who}: {schema}" for who, schema in sorted(schemas.items()))
+    """Raises ValueError, listing who has what, unless all schemas are of one kind."""
+    kinds = {schema.kind for schema in schemas.values()}
+    if len(kinds) > 1:
+        received = "; ".join(f"{party}: {schema}" for party, schema in sorted(schemas.items()))
         raise ValueError(
-            f"All parties must hold the same kind of examples; received {found}. Give every silo the same columns; "
-            "if the server's data is another, set federation.evaluate_on_server = false."
+            f"All parties must hold the same kind of examples; received {received}. Give every silo"
+            " the same columns; if the server's data is another, set federation.evaluate_on_server"
+            " = false."
         )
 
 
-def _merged(a: Schema, b: Schema) -> Schema:
-    columns = a.columns and b.columns and a.columns + b.columns
+def _merge(a: Schema, b: Schema) -> Schema:
+    # A table has as many inputs as both parties have columns and categories together.
+    columns = None
+    input_shape, target_shape = a.input_shape, a.target_shape
+    if a.columns and b.columns:
+        columns = a.columns + b.columns
+        input_shape = (len(columns.inputs),)
+        target_shape = input_shape if a.target_shape else ()
+
+    # Classes go by name where they have one, else by number.
     classes = tuple(sorted({*a.classes, *b.classes}))
+    num_classes = len(classes) or max(a.num_classes, b.num_classes)
+    class_counts = _add_class_counts(a, b) if a.class_counts and b.class_counts else ()
+
     return replace(
         a,
-        input_shape=(len(columns.inputs),) if columns else a.input_shape,
-        target_shape=(len(columns.inputs),) if columns and a.target_shape else a.target_shape,
-        num_classes=len(classes) or max(a.num_classes, b.num_classes),
+        input_shape=input_shape,
+        num_classes=num_classes,
+        target_shape=target_shape,
         classes=classes,
-        class_counts=_added_counts(a, b) if a.class_counts and b.class_counts else (),
+        class_counts=class_counts,
         columns=columns,
     )
 
 
-def _added_counts(a: Schema, b: Schema) -> tuple[int, ...]:
-    total: Counter[Any] = Counter()  # by name where classes have names, else by number
+def _add_class_counts(a: Schema, b: Schema) -> tuple[int, ...]:
+    total: Counter[Any] = Counter()
     for schema in (a, b):
-        total.update(dict(zip(schema.classes or range(schema.num_classes), schema.class_counts, strict=True)))
+        classes = schema.classes or range(schema.num_classes)
+        counts = dict(zip(classes, schema.class_counts, strict=True))
+        total.update(counts)
     return tuple(total[name] for name in sorted(total))
-
-
-def _added(a: Sequence[Category], b: Iterable[Category]) -> tuple[Category, ...]:
-    return tuple(mine + theirs for mine, theirs in zip(a, b, strict=True))

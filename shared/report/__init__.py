@@ -1,4 +1,4 @@
-"""Runs side by side, from their records alone: on one page, or in the terminal."""
+"""Reports that compare runs, from their records alone: on one page, or in the terminal."""
 
 from shared.report.page import write_report
 from shared.report.tables import terminal_table

@@ -5,13 +5,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shared.command_line import program
 from shared.report.page import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shared.report", description="Set runs side by side on one page.")
-    parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN_DIR", help="what a run left behind: runs/NAME")
-    parser.add_argument("-o", dest="output", type=Path, default="report.html", help="the page (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog=program("shared.report"), description="Set runs side by side on one page."
+    )
+    parser.add_argument(
+        "run_dirs",
+        nargs="*",
+        type=Path,
+        metavar="RUN_DIR",
+        help="what a run left behind: runs/NAME",
+    )
+    parser.add_argument(
+        "-o",
+        dest="output",
+        type=Path,
+        default="report.html",
+        help="the page (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         write_report(options.run_dirs, options.output)

@@ -6,7 +6,6 @@ model that outputs logits (classification) or one number (regression).
 
 import importlib
 import inspect
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import keras
 
 from shared.data import Schema
-from shared.experiment import ModelSection, nearest_names
+from shared.experiment import ModelSection, nearest_names, parse_toml
 from shared.seeding import seed_for
 from shared.zoo import autoencoder, cnn, conv1d, linear, mlp, resnet, transformer, wide_deep
 from shared.zoo.adapters import enable_adapters, merge_adapters
@@ -43,35 +42,54 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def build_model(config: ModelSection, schema: Schema, seed: int) -> keras.Model:
-    """Builds the model that `config` names, with fresh weights determined by the seed or those of `config.initial`.
+    """Builds the model that `config` names.
 
-    `config.precision` is the policy of all layers but the output; `config.adapter` leaves adapters alone to train. Sets
-    Keras's global seed, because the initialisers of a user's own model draw from it. Raises ValueError for an unknown
-    name, options the builder does not take, or initial weights of other shapes.
+    Its weights are determined by the seed, or are those of `config.initial`. `config.precision` is
+    the policy of all layers but the output. With `config.adapter` only adapters are trainable.
+
+    Sets Keras's global seed, because the initialisers of a user's own model draw from it. Raises
+    ValueError for an unknown name, options the builder does not take, or initial weights of other
+    shapes.
     """
     builder = find_builder(config.name)
     options = _with_preset(config.name, parse_options(config.options))
     _check_options(config.name, builder, options)
+
     keras.utils.set_random_seed(seed_for(seed, "initial weights"))
-    default = keras.config.dtype_policy()
+    model = _call(builder, options, config, schema)
+    if not model.built:
+        model.build((None, *schema.input_shape))
+
+    if config.initial:
+        load_initial_weights(model, Path(config.initial))
+    if config.adapter == "lora":
+        keras.utils.set_random_seed(seed_for(seed, "adapters"))
+        enable_adapters(model, config.adapter_rank)
+    return model
+
+
+def _call(
+    builder: Builder, options: dict[str, Any], config: ModelSection, schema: Schema
+) -> keras.Model:
+    """Calls the builder under the policy of `config.precision`."""
+    policy_before = keras.config.dtype_policy()
     try:
         keras.config.set_dtype_policy(config.precision)
         model = builder(schema, **options)
     except TypeError as error:
         if not options:
             raise
-        raise ValueError(f"model.options = {config.options!r} does not suit {config.name!r}: {error}.") from error
+        raise ValueError(
+            f"model.options = {config.options!r} does not suit {config.name!r}: {error}."
+        ) from error
     finally:
-        keras.config.set_dtype_policy(default)
+        keras.config.set_dtype_policy(policy_before)
+
     if not isinstance(model, keras.Model):
-        raise ValueError(f"model.name = {config.name!r} must return a keras.Model; received {type(model).__name__}.")
-    if not model.built:
-        model.build((None, *schema.input_shape))
-    if config.initial:
-        load_initial_weights(model, Path(config.initial))
-    if config.adapter == "lora":
-        keras.utils.set_random_seed(seed_for(seed, "adapters"))
-        enable_adapters(model, config.adapter_rank)
+        raise ValueError(
+            f"model.name = {config.name!r} must return a keras.Model; received"
+            f" {type(model).__name__}."
+        )
     return model
 
 
@@ -84,18 +102,26 @@ def without_adapters(model: keras.Model, config: ModelSection, schema: Schema) -
 
 
 def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Replaces the option "preset" of a model of the zoo by the options that it stands for.
+
+    A user's own builder may have an option of that name.
+    """
     preset = options.get("preset")
-    if preset is None or name not in MODELS:  # a builder of the user's own may have an option of that name
+    if preset is None or name not in MODELS:
         return options
-    known = PRESETS.get(name, {})
-    if preset not in known:
+
+    presets = PRESETS.get(name, {})
+    if preset not in presets:
         raise ValueError(
-            f"model.options: {name!r} has no preset {preset!r}. It has: {', '.join(known) or 'none'}. Or leave it out."
+            f"model.options: {name!r} has no preset {preset!r}. It has:"
+            f" {', '.join(presets) or 'none'}. Or leave it out."
         )
-    return {**known[preset], **{key: value for key, value in options.items() if key != "preset"}}
+    further = {key: value for key, value in options.items() if key != "preset"}
+    return {**presets[preset], **further}
 
 
 def find_builder(name: str) -> Builder:
+    """Returns the builder of a zoo entry, or the function at 'package.module:function'."""
     if ":" not in name:
         if name not in MODELS:
             raise ValueError(
@@ -103,63 +129,93 @@ def find_builder(name: str) -> Builder:
                 f"Nearest: {', '.join(nearest_names(name, MODELS))}."
             )
         return MODELS[name]
+
+    # The user's own.
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"model.name = {name!r}: no module {error.name!r} can be imported. Run from the folder that holds it, or "
-            "add that folder to PYTHONPATH."
+            f"model.name = {name!r}: no module {error.name!r} can be imported. Run from the folder"
+            " that holds it, or add that folder to PYTHONPATH."
         ) from None
+
     builder = getattr(module, function_name, None)
     if not callable(builder):
         functions = [n for n, member in vars(module).items() if inspect.isfunction(member)]
+        nearest = ", ".join(nearest_names(function_name, functions))
         raise ValueError(
             f"model.name = {name!r}: {module_name} has no function {function_name!r}. "
-            f"Nearest: {', '.join(nearest_names(function_name, functions)) or 'it has none'}."
+            f"Nearest: {nearest or 'it has none'}."
         )
     return builder
 
 
-def parse_options(text: str, key: str = "model.options", example: str = "units = [64, 32]") -> dict[str, Any]:
+def parse_options(
+    text: str, key: str = "model.options", example: str = "units = [64, 32]"
+) -> dict[str, Any]:
     """Reads TOML text, the value of an experiment's key, into keyword arguments.
 
     >>> parse_options("units = [64, 32]")
     {'units': [64, 32]}
     """
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{key} must be TOML text like {example!r}; received {text!r} ({error}).") from None
+        return parse_toml(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{key} must be TOML text like {example!r}; received {text!r} ({error})."
+        ) from None
 
 
 def load_initial_weights(model: keras.Model, path: Path) -> None:
-    """Sets the model's weights to those of a .keras file. Raises ValueError unless every shape agrees."""
+    """Sets the model's weights to those of a .keras file.
+
+    Raises ValueError unless every shape agrees.
+    """
     if not path.is_file():
         raise ValueError(f"model.initial names no file: {path}.")
     try:
         weights = keras.models.load_model(path, compile=False).get_weights()
     except (ValueError, OSError, TypeError) as error:
-        raise ValueError(f"model.initial = {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    received, expected = [w.shape for w in weights], [w.shape for w in model.get_weights()]
-    if received != expected:
-        at = next(i for i in range(len(expected) + 1) if received[i : i + 1] != expected[i : i + 1])
         raise ValueError(
-            f"model.initial = {str(path)!r} has other weights than the model: {len(received)} arrays against "
-            f"{len(expected)}; the first that differs is number {at}, received {received[at : at + 1]}, expected "
-            f"{expected[at : at + 1]}. Use the same model.name and model.options as the file was trained with."
+            f"model.initial = {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
+
+    received = [array.shape for array in weights]
+    expected = [array.shape for array in model.get_weights()]
+    if received != expected:
+        raise ValueError(
+            f"model.initial = {str(path)!r} has other weights than the model:"
+            f" {_difference(received, expected)}. Use the same model.name and model.options as the"
+            " file was trained with."
         )
     model.set_weights(weights)
 
 
+def _difference(received: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> str:
+    """Says how two unequal lists of shapes differ.
+
+    >>> _difference([(4, 2), (2,)], [(4, 3)])
+    '2 arrays against 1; the first that differs is number 0, received [(4, 2)], expected [(4, 3)]'
+    """
+    at = 0
+    while received[at : at + 1] == expected[at : at + 1]:
+        at += 1
+    return (
+        f"{len(received)} arrays against {len(expected)}; the first that differs is number {at},"
+        f" received {received[at : at + 1]}, expected {expected[at : at + 1]}"
+    )
+
+
 def _check_options(name: str, builder: Builder, options: dict[str, Any]) -> None:
-    parameters = list(inspect.signature(builder).parameters.values())[1:]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    parameters = list(inspect.signature(builder).parameters.values())[1:]  # after the schema
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
-    known = [p.name for p in parameters]
+    names = [parameter.name for parameter in parameters]
     for option in options:
-        if option not in known:
+        if option not in names:
+            nearest = ", ".join(nearest_names(option, names))
             raise ValueError(
-                f"model.options: {name!r} takes no option {option!r}. "
-                f"It takes: {', '.join(known) or 'none'}; nearest: {', '.join(nearest_names(option, known)) or 'none'}."
+                f"model.options: {name!r} takes no option {option!r}. It takes:"
+                f" {', '.join(names) or 'none'}; nearest: {nearest or 'none'}."
             )

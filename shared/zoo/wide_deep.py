@@ -1,7 +1,8 @@
 """Wide and deep model for tables, with embeddings (Cheng et al. 2016, arXiv:1606.07792).
 
-Every column is turned into the id of a bucket. The wide part is linear in the columns and has one weight per bucket;
-the deep part embeds the buckets and runs dense layers over embeddings and columns.
+Every column is turned into the id of a bucket. The wide part is linear in the columns and has one
+weight per bucket; the deep part embeds the buckets and runs dense layers over embeddings and
+columns.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import keras
 import numpy as np
 
 from shared.data import Schema
+
+LIMIT = 3.0  # numeric buckets cover [-LIMIT, LIMIT], in standard deviations
 
 
 def build(
@@ -22,29 +25,49 @@ def build(
 ) -> keras.Model:
     """Logits = wide(x) + deep(x).
 
-    Numeric columns fall into `num_buckets` equal buckets over [-3, 3] (standard deviations; the outer two are open).
-    `categorical_columns` already hold whole numbers in 0 .. num_buckets - 1; others count as the nearest of them.
+    Numeric columns fall into `num_buckets` equal buckets over [-3, 3] (standard deviations; the
+    outer two are open). `categorical_columns` already hold whole numbers in 0 .. num_buckets - 1;
+    others count as the nearest of them.
     """
-    if len(schema.input_shape) != 1 or schema.target_shape or schema.vocabulary_size:
-        raise ValueError(f"wide_deep takes tables, one row per example; received examples of {schema.input_shape}.")
+    _check(schema, categorical_columns)
     (num_columns,) = schema.input_shape
-    if wrong := [c for c in categorical_columns if not 0 <= c < num_columns]:
-        raise ValueError(f"categorical_columns must lie in 0..{num_columns - 1}; received {wrong}.")
-    inputs = keras.Input(schema.input_shape, name="columns")
-    ids = BucketIds(num_buckets, list(categorical_columns), dtype="float32", name="bucket_ids")(inputs)
     num_ids = num_columns * num_buckets
+    inputs = keras.Input(schema.input_shape, name="columns")
+    to_ids = BucketIds(num_buckets, list(categorical_columns), dtype="float32", name="bucket_ids")
+    ids = to_ids(inputs)
 
-    wide_buckets = keras.layers.Embedding(num_ids, schema.num_outputs, embeddings_initializer="zeros", name="wide")(ids)
+    # Wide: a weight per bucket, which begin at 0, and a linear layer.
+    bucket_weights = keras.layers.Embedding(
+        num_ids, schema.num_outputs, embeddings_initializer="zeros", name="wide"
+    )
+    wide_buckets = bucket_weights(ids)
     wide = keras.layers.Dense(schema.num_outputs, dtype="float32", name="wide_linear")(inputs)
+
+    # Deep: dense layers over the embeddings of the buckets and the columns.
     embedded = keras.layers.Embedding(num_ids, embedding_dim, name="deep_embedding")(ids)
-    deep = keras.layers.Concatenate(name="deep_input")([keras.layers.Flatten(name="flatten")(embedded), inputs])
+    flat = keras.layers.Flatten(name="flatten")(embedded)
+    deep = keras.layers.Concatenate(name="deep_input")([flat, inputs])
     for i, width in enumerate(units):
         deep = keras.layers.Dense(width, activation="relu", name=f"deep{i}")(deep)
     deep = keras.layers.Dense(schema.num_outputs, dtype="float32", name="deep_output")(deep)
-    wide_sum = keras.layers.GlobalAveragePooling1D(dtype="float32", name="wide_mean")(wide_buckets)
-    return keras.Model(
-        inputs, keras.layers.Add(dtype="float32", name="output")([wide, wide_sum, deep]), name="wide_deep"
-    )
+
+    wide_mean = keras.layers.GlobalAveragePooling1D(dtype="float32", name="wide_mean")(wide_buckets)
+    outputs = keras.layers.Add(dtype="float32", name="output")([wide, wide_mean, deep])
+    return keras.Model(inputs, outputs, name="wide_deep")
+
+
+def _check(schema: Schema, categorical_columns: Sequence[int]) -> None:
+    if len(schema.input_shape) != 1 or schema.target_shape or schema.vocabulary_size:
+        raise ValueError(
+            "wide_deep takes tables, one row per example; received examples of"
+            f" {schema.input_shape}."
+        )
+    (num_columns,) = schema.input_shape
+    outside = [column for column in categorical_columns if not 0 <= column < num_columns]
+    if outside:
+        raise ValueError(
+            f"categorical_columns must lie in 0..{num_columns - 1}; received {outside}."
+        )
 
 
 @keras.saving.register_keras_serializable("archipelago")
@@ -59,10 +82,13 @@ class BucketIds(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         num_columns = inputs.shape[-1]
         is_category = np.isin(np.arange(num_columns), self.categorical_columns)
-        numeric = (inputs + 3.0) * (self.num_buckets / 6.0)
+        buckets_per_unit = self.num_buckets / (2 * LIMIT)
+        numeric = (inputs + LIMIT) * buckets_per_unit
         bucket = keras.ops.floor(keras.ops.where(is_category, keras.ops.round(inputs), numeric))
         bucket = keras.ops.clip(bucket, 0, self.num_buckets - 1)
-        return keras.ops.cast(bucket, "int32") + np.arange(num_columns, dtype="int32") * self.num_buckets
+
+        first_ids = np.arange(num_columns, dtype="int32") * self.num_buckets
+        return keras.ops.cast(bucket, "int32") + first_ids
 
     def get_config(self) -> dict[str, object]:
         own = {"num_buckets": self.num_buckets, "categorical_columns": self.categorical_columns}

@@ -1,7 +1,8 @@
-"""The commands of docs/how-to-cluster-silo.md as printed there, in one federation on the loopback interface.
+"""The commands of docs/how-to-cluster-silo.md as printed there, in one federation on the loopback
+interface.
 
-Replaced are only names: the coordinator's and the hosts' by localhost, the certificate's option by --insecure, and the
-path of the data.
+Replaced are only names: the coordinator's and the hosts' by localhost, the certificate's option by
+--insecure, and the path of the data.
 """
 
 import re
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 
 from shared.experiment import experiment_from_flat
-from tests.federation.consortium import a_consortium, finished
-from tests.federation.processes import rows, wait_for
+from tests.federation.consortium import a_consortium
+from tests.federation.processes import finished, rows, wait_for
 from tests.parallel.launching import ROOT
 
-pytestmark = pytest.mark.federation
+pytestmark = [pytest.mark.federation, pytest.mark.slow]
 PAGE = (ROOT / "docs" / "how-to-cluster-silo.md").read_text(encoding="utf-8")
 SILOS = ("hospital-a", "hospital-b", "hospital-c")
 
@@ -53,19 +54,20 @@ def test_the_commands_of_the_page_make_a_federation_of_three_clusters(tmp_path: 
         for name, command, log in zip(SILOS, commands, logs, strict=True):
             ours.group.start(name, command, ours.environment(), log)
         for log in logs:
-            assert wait_for(lambda log=log: "the worker is ready" in log.read_text(), 200), log.read_text()
+            assert wait_for(lambda log=log: "the worker is ready" in log.read_text(), 200), (
+                log.read_text()
+            )
             assert "the cluster is ready: 2 ranks on " in log.read_text()
-        changes = {"federation.num_rounds": 1, "federation.min_silos": 3, "federation.evaluate_on_server": False}
-        e = experiment_from_flat({"name": "page", **changes, "run.directory": str(tmp_path / "page" / "run")})
+        changes = {
+            "federation.num_rounds": 1,
+            "federation.min_silos": 3,
+            "federation.evaluate_on_server": False,
+        }
+        e = experiment_from_flat(
+            {"name": "page", **changes, "run.directory": str(tmp_path / "page" / "run")}
+        )
         (tmp_path / "page").mkdir()
         output = finished(ours.start_run(e))
     assert "round 1/1" in output, output
     (row,) = (row for row in rows(e.run_directory) if "cohort" in row)
     assert row["cohort"] == list(SILOS)
-
-
-def test_the_names_on_the_page_exist() -> None:
-    known = experiment_from_flat({}).to_flat()
-    keys = re.findall(r"`((?:federation|training|performance)\.\w+)`", PAGE)
-    assert keys
-    assert set(keys) <= set(known)

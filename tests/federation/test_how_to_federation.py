@@ -1,7 +1,9 @@
-"""The commands of docs/how-to-federation.md as printed there: three parties on the loopback interface, over TLS.
+"""The commands of docs/how-to-federation.md as printed there: three parties on the loopback
+interface, over TLS.
 
-Replaced are only names: the coordinator's by localhost, ports by free ones, 0.0.0.0 by 127.0.0.1, RUN_ID by a run's
-number, NODE_ID by a node's, and at hospital-b its name. Each party has a home and a checkout of its own.
+Replaced are only names: the coordinator's by localhost, ports by free ones, 0.0.0.0 by 127.0.0.1,
+RUN_ID by a run's number, NODE_ID by a node's, and at hospital-b its name. Each party has a home and
+a checkout of its own.
 """
 
 import os
@@ -17,12 +19,11 @@ import keras
 import numpy as np
 import pytest
 
-from shared.experiment import Experiment
 from shared.processes import ProcessGroup, free_ports, wait_until_listening
 from tests.federation.processes import MARK, cleaned_up, result, rows, wait_for
 from tests.parallel.launching import ROOT, environment
 
-pytestmark = pytest.mark.federation
+pytestmark = [pytest.mark.federation, pytest.mark.slow]
 PAGE = ROOT / "docs" / "how-to-federation.md"
 CHECKOUT = ("shared", "dist_train", "fl_app", "experiments", "pyproject.toml", ".gitignore")
 PROGRAMS = ("openssl", "ssh-keygen", "bash")
@@ -30,7 +31,9 @@ CONNECTED = ("SuperNode ID", "the worker is ready")  # what a silo tells
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 def commands(text: str) -> list[str]:
@@ -63,20 +66,30 @@ class Party:
         return self.home / "archipelago"
 
     def start(self, block: str, number: str = "") -> "Started":
-        """Starts a block of the page in a shell that was prepared as the page says; returns it and its log.
+        """Starts a block of the page in a shell that was prepared as the page says; returns it and
+        its log.
 
         `number`: of the run or node that the block is about.
         """
         (prepare,) = commands("source .venv/bin/activate")
-        script = block.replace("coordinator.example.org", "localhost").replace("0.0.0.0", "127.0.0.1")
+        script = block.replace("coordinator.example.org", "localhost").replace(
+            "0.0.0.0", "127.0.0.1"
+        )
         script = re.sub("(RUN|NODE)_ID", number, script)
         if self.name == "hospital-b":
             script = script.replace("hospital-a", "hospital-b")
         for printed, port in self.ports.items():
             script = re.sub(rf"\b{printed}\b", str(port), script)
-        variables = environment(HOME=str(self.home), PATH=os.environ["PATH"], NO_PROXY="localhost,127.0.0.1")
+        variables = environment(
+            HOME=str(self.home), PATH=os.environ["PATH"], NO_PROXY="localhost,127.0.0.1"
+        )
         variables[MARK] = str(self.home.parent)
-        for unset in ("PYTHONPATH", "FLWR_HOME", "FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"):
+        for unset in (
+            "PYTHONPATH",
+            "FLWR_HOME",
+            "FLWR_TELEMETRY_ENABLED",
+            "FLWR_DISABLE_UPDATE_CHECK",
+        ):
             variables.pop(unset, None)
         self.ran |= {prepare, block}
         self.num_started += 1
@@ -107,13 +120,17 @@ def wait_for_end(started: Started, timeout_s: float = 200) -> tuple[int, str]:
     try:
         return process.wait(timeout_s), log.read_text(errors="replace")
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"not done after {timeout_s:g} s: {log.read_text(errors='replace')}") from None
+        raise AssertionError(
+            f"not done after {timeout_s:g} s: {log.read_text(errors='replace')}"
+        ) from None
 
 
 def wait_until_told(started: Started, *texts: str) -> None:
     """Waits until the log of a process that goes on holds these texts."""
     process, log = started
-    wait_for(lambda: process.poll() is not None or all(text in log.read_text() for text in texts), 120)
+    wait_for(
+        lambda: process.poll() is not None or all(text in log.read_text() for text in texts), 120
+    )
     assert process.poll() is None, log.read_text()
     assert all(text in log.read_text() for text in texts), log.read_text()
 
@@ -155,19 +172,31 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
         coordinator = party("coordinator", "coordinator", port)
         hospitals = [party(f"hospital-{x}", f"hospital-{x}", port) for x in "ab"]
-        coordinator_with_keys = party("coordinator with keys", "coordinator-with-keys", port_with_keys)
+        coordinator_with_keys = party(
+            "coordinator with keys", "coordinator-with-keys", port_with_keys
+        )
         hospital_with_key = party("hospital-a with a key", "hospital-with-key", port_with_keys)
         yield tell(coordinator, hospitals, coordinator_with_keys, hospital_with_key)
 
 
-def tell(coordinator: Party, hospitals: list[Party], keys: Party, hospital_with_key: Party) -> Story:
-    """Goes through the page: once without keys, with a run, and beside it with keys, up to the connection."""
+def tell(
+    coordinator: Party, hospitals: list[Party], keys: Party, hospital_with_key: Party
+) -> Story:
+    """Goes through the page: once without keys, with a run, and beside it with keys, up to the
+    connection.
+    """
     superlink, superlink_with_keys = commands("flower-superlink --host")
     silo, silo_with_key = commands("python -m fl_app.silo --superlink")
-    (certificates,), (connection,), (check,) = map(commands, ("openssl req", "[superlink.consortium]", "s_client"))
-    (version,), (nodes,), (run,) = map(commands, ("fl_app.silo --version", "flwr supernode list", "flwr run"))
+    (certificates,), (connection,), (check,) = map(
+        commands, ("openssl req", "[superlink.consortium]", "s_client")
+    )
+    (version,), (nodes,), (run,) = map(
+        commands, ("fl_app.silo --version", "flwr supernode list", "flwr run")
+    )
     (report,), (listing,), (log_and_stop,) = map(commands, ("shared.report", "flwr ls", "flwr log"))
-    (make_key,), (register,), (unregister,) = map(commands, ("ssh-keygen", "supernode register", "unregister"))
+    (make_key,), (register,), (unregister,) = map(
+        commands, ("ssh-keygen", "supernode register", "unregister")
+    )
     (stock_node,) = commands("flower-supernode --superlink")
     experiment, resume = blocks("toml")
 
@@ -180,11 +209,15 @@ def tell(coordinator: Party, hospitals: list[Party], keys: Party, hospital_with_
         authority = keys if hospital is hospital_with_key else coordinator
         (hospital.home / "consortium").mkdir()
         shutil.copy(authority.home / "consortium" / "ca.crt", hospital.home / "consortium")
-        write_patients(hospital.home / "consortium" / "data.csv", num_patients=(120, 160, 80)[seed], seed=seed)
+        write_patients(
+            hospital.home / "consortium" / "data.csv", num_patients=(120, 160, 80)[seed], seed=seed
+        )
     starting = [hospital.start(silo) for hospital in hospitals]
     hashes = [party.succeed(version) for party in (coordinator, *hospitals)]
     checked = hospitals[0].succeed(check)
-    shutil.copy(keys.home / "consortium" / "ca.crt", hospitals[1].home / "consortium" / "another.crt")
+    shutil.copy(
+        keys.home / "consortium" / "ca.crt", hospitals[1].home / "consortium" / "another.crt"
+    )
     checked_with_another_ca = hospitals[1].run(check.replace("ca.crt", "another.crt"))
     for each in starting:
         wait_until_told(each, *CONNECTED)
@@ -211,7 +244,9 @@ def tell(coordinator: Party, hospitals: list[Party], keys: Party, hospital_with_
     (coordinator.home / "consortium" / "experiment.toml").write_text(longer)
     resumed = coordinator.succeed(run)
     wait_until_told(hospitals[0].start(stock_node), CONNECTED[0])
-    ran = set().union(*(each.ran for each in (coordinator, *hospitals, keys, hospital_with_key))) | {log_and_stop}
+    ran = set().union(
+        *(each.ran for each in (coordinator, *hospitals, keys, hospital_with_key))
+    ) | {log_and_stop}
     return Story(
         home=coordinator.home,
         hashes=hashes,
@@ -231,12 +266,21 @@ def tell(coordinator: Party, hospitals: list[Party], keys: Party, hospital_with_
 
 
 def write_patients(path: Path, num_patients: int, seed: int) -> None:
-    """A table of made-up patients whose outcome can be learnt, with the label that the page's experiment names."""
+    """A table of made-up patients whose outcome can be learnt, with the label that the page's
+    experiment names.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(num_patients, 4))
     outcome = x[:, 0] + 0.5 * x[:, 1] + 0.3 * rng.normal(size=num_patients) > 0
     table = np.column_stack([x, outcome])
-    np.savetxt(path, table, ["%.4f"] * 4 + ["%d"], ",", header="age,pressure,marker,dose,outcome", comments="")
+    np.savetxt(
+        path,
+        table,
+        ["%.4f"] * 4 + ["%d"],
+        ",",
+        header="age,pressure,marker,dose,outcome",
+        comments="",
+    )
 
 
 def test_all_parties_print_the_same_version(story: Story) -> None:
@@ -267,7 +311,11 @@ def masked(line: str) -> str:
 
 def test_the_stream_reads_as_the_page_shows_it(story: Story) -> None:
     (printed,) = blocks("text")
-    told = [masked(line) for line in story.stream.splitlines() if re.match("roll call|round|consortium:|run rec", line)]
+    told = [
+        masked(line)
+        for line in story.stream.splitlines()
+        if re.match("roll call|round|consortium:|run rec", line)
+    ]
     assert told == [masked(line) for line in printed.splitlines()]
     assert f"run record: {story.run_directory}" in story.stream
 
@@ -295,15 +343,15 @@ def test_with_keys_only_a_registered_silo_joins(story: Story) -> None:
 def test_every_command_of_the_page_was_run(story: Story) -> None:
     (rehearsal,) = commands("make federate")
     assert set(blocks("sh")) - story.ran == {rehearsal}
-    done = subprocess.run(["make", "-n", *rehearsal.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", *rehearsal.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     (launch,) = [line for line in done.stdout.splitlines() if "fl_app.launch" in line]
-    assert launch.split()[-5:] == ["experiments/digits_cnn.toml", "--silos", "3", "--run-dir", "runs/rehearsal"]
+    assert launch.split()[-5:] == [
+        "experiments/digits_cnn.toml",
+        "--silos",
+        "3",
+        "--run-dir",
+        "runs/rehearsal",
+    ]
     assert (ROOT / "experiments" / "digits_cnn.toml").is_file()
-
-
-def test_the_keys_that_the_page_names_exist() -> None:
-    known = Experiment().to_flat()
-    sections = "|".join({key.partition(".")[0] for key in known if "." in key})
-    named = set(re.findall(rf"`((?:{sections})\.\w+)\b", PAGE.read_text(encoding="utf-8"))) - {"model.keras"}
-    assert len(named) > 10
-    assert named <= set(known), named - set(known)

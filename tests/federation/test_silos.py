@@ -1,263 +1,350 @@
-"""Silos as a consortium runs them: one SuperLink, living silos, several runs; and what happens when a silo fails."""
+"""Silos as their owners run them: one SuperLink, living silos, several runs; and what happens when
+a silo fails.
+"""
 
-import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
-from fl_app.launch import cut_data
-from fl_app.rounds import run_federation
-from shared.experiment import Experiment, experiment_from_flat
+from fl_app.launch import partition_data
+from fl_app.server.rounds import run_federation
 from shared.processes import free_ports
 from shared.run_record import RunRecord
 from shared.weights import max_difference
-from tests.federation.consortium import Consortium, a_consortium, finished, lines_until, wait_for_task
+from tests.federation.consortium import PLAIN, Consortium, experiment, wait_for_task
 from tests.federation.processes import (
     MARK,
+    all_gone,
     cleaned_up,
     final_weights,
+    finished,
+    lines_until,
+    living,
     our_processes,
     result,
     rows,
-    start,
     toml_file,
     wait_for,
 )
-from tests.local_exchange import LocalExchange
+from tests.local_exchange import exchange_of_files
 from tests.parallel.launching import BIN, ROOT, environment
 
 pytestmark = pytest.mark.federation
 
-WINE = {
-    "name": "silos",
-    "data.name": "wine",
-    "model.name": "mlp",
-    "model.options": "units = [8]",
-    "federation.num_rounds": 2,
-    "federation.min_silos": 2,
-    "federation.evaluate_on_server": False,
-}
-
-
-def experiment(run: Path, **changes: object) -> Experiment:
-    return experiment_from_flat({**WINE, "run.directory": str(run), **changes})
-
-
-@pytest.fixture(scope="module")
-def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
-    folder = tmp_path_factory.mktemp("consortium")
-    with a_consortium(folder) as ours:
-        ours.data = cut_data(experiment(folder / "unused"), 2, folder)
-        for name, data in ours.data.items():
-            ours.start_silo(name, data)
-        yield ours
+TWO_SILOS = {"silo-0": PLAIN, "silo-1": PLAIN}
 
 
 @pytest.fixture
-def starter(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `python -m MODULE ...`; whatever it leaves behind is ended after the test."""
-    with cleaned_up(str(tmp_path)):
-        yield functools.partial(start, str(tmp_path))
+def consortium(superlink: Consortium) -> Consortium:
+    superlink.gather(TWO_SILOS)
+    return superlink
 
 
-def test_two_runs_queued_on_one_superlink_each_end_as_if_alone(consortium: Consortium, tmp_path: Path) -> None:
-    """The silos' workers go from the one to the other and back; nothing of the one may stay in the other."""
-    momentum = {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.learning_rate": 0.1}
-    changes = ({"seed": 1}, {"seed": 2, **momentum})
-    for i in range(2):
-        (tmp_path / str(i)).mkdir()
-    queued = [experiment(tmp_path / str(i) / "run", **changes[i]) for i in range(2)]
-    outputs = [finished(run) for run in [consortium.start_run(e) for e in queued]]
-    for e, output in zip(queued, outputs, strict=True):
-        assert "round 2/2" in output, output
-        alone = e.model_copy(update={"run": e.run.model_copy(update={"directory": f"{e.run_directory}-alone"})})
-        run_federation(alone, LocalExchange(alone, consortium.data), RunRecord(alone, "flower", "round"))
-        assert result(e.run_directory)["weights_sha256"] == result(alone.run_directory)["weights_sha256"]
+def cohorts(run: Path) -> list[list[str]]:
+    return [row["cohort"] for row in rows(run) if "cohort" in row]
 
 
-@pytest.mark.parametrize("name", ["fl_app.strategies:FedAvg", "flwr.serverapp.strategy:FedAvg"])
+# --- several runs, one after the other and at once
+
+
+MOMENTUM = {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.learning_rate": 0.1}
+QUEUED: dict[str, dict[str, object]] = {"adam": {}, "momentum": {"seed": 2, **MOMENTUM}}
+
+
+@dataclass(frozen=True)
+class Run:
+    directory: Path
+    output: str
+
+
+@pytest.fixture(scope="module")
+def queued(superlink: Consortium, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Two runs that were started at once, by name. The silos' workers go from the one to the other
+    and back; nothing of the one may stay in the other.
+    """
+    superlink.gather(TWO_SILOS)
+    folders = {name: tmp_path_factory.mktemp("queued") for name in QUEUED}
+    runs = {
+        name: superlink.start_run(experiment(folders[name] / "run", **QUEUED[name]))
+        for name in QUEUED
+    }
+    return {name: Run(folders[name] / "run", finished(run)) for name, run in runs.items()}
+
+
+@pytest.mark.parametrize("name", QUEUED)
+def test_two_runs_queued_on_one_superlink_each_end_as_if_alone(
+    superlink: Consortium, queued: dict[str, Run], tmp_path: Path, name: str
+) -> None:
+    assert "round 2/2" in queued[name].output, queued[name].output
+    alone = tmp_path / "alone"
+    superlink.run_here(experiment(alone, **QUEUED[name]))
+    expected = result(alone)["weights_sha256"]
+    assert result(queued[name].directory)["weights_sha256"] == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("fl_app.flower.optimizer_strategies:FedAvg", marks=pytest.mark.slow),
+        "flwr.serverapp.strategy:FedAvg",
+    ],
+)
 def test_a_flower_strategy_by_name_ends_where_our_own_rounds_end(
-    consortium: Consortium, tmp_path: Path, name: str
+    consortium: Consortium, queued: dict[str, Run], tmp_path: Path, name: str
 ) -> None:
     e = experiment(tmp_path / "run", **{"federation.strategy": name})
     output = finished(consortium.start_run(e))
     assert "round 2/2" in output, output
-    own = experiment(tmp_path / "own")
-    run_federation(own, LocalExchange(own, consortium.data), RunRecord(own, "flower", "round"))
-    assert max_difference(final_weights(e.run_directory), final_weights(own.run_directory)) <= 1e-6
-    theirs, ours = result(e.run_directory), result(own.run_directory)
+    own = queued["adam"].directory
+    assert max_difference(final_weights(e.run_directory), final_weights(own)) <= 1e-6
+    theirs, ours = result(e.run_directory), result(own)
     for metric, value in ours["metrics"]["validation"].items():
         assert theirs["metrics"]["validation"][metric] == pytest.approx(value, abs=1e-5)
     # one exchange more in each round carries the weights to be judged
     assert theirs["bytes_sent"] > ours["bytes_sent"]
 
 
-LONG = {"federation.local_epochs": 300, "federation.local_batch_size": 16}  # a task of some seconds
+# --- silos that fail in a round
 
 
-def test_a_worker_that_is_killed_on_a_task_is_named_at_once_and_replaced(
-    consortium: Consortium, tmp_path: Path
-) -> None:
-    e = experiment(tmp_path / "run", **LONG, **{"federation.min_replies": 1})
-    run = consortium.start_run(e)
-    log = consortium.folder / "silo-1.log"
-    victim = consortium.worker("silo-1")
-    lines_until(run, "roll call: 2 silos")
-    task = wait_for_task(victim)
-    time.sleep(1)  # it trains
-    os.kill(victim, signal.SIGKILL)
-    killed = time.monotonic()
-    assert wait_for(lambda: not task.exists(), 5)
-    assert time.monotonic() - killed < 5
-    output = finished(run)
-    told = "silo 'silo-1' is left out of the round: the silo's worker was ended by SIGKILL while it did this task"
-    assert told in output, output
-    first, second = (row for row in rows(e.run_directory) if "cohort" in row)
-    assert first["cohort"] == ["silo-0"]
-    assert "SIGKILL" in first["failures"]["silo-1"]
-    assert second["cohort"] == ["silo-0", "silo-1"]
-    assert "it is started anew" in log.read_text()
-    assert consortium.worker("silo-1") != victim
+LONG = {"federation.local_epochs": 150}  # a task of some seconds
+ROUND_TIMEOUT_S = 30.0  # Flower's heartbeats come every 10 s; two may be missed
 
 
-def test_a_round_goes_on_without_a_silo_that_never_answers(consortium: Consortium, tmp_path: Path) -> None:
-    changes = {"federation.min_replies": 1, "federation.round_timeout_s": 40.0, "federation.num_rounds": 1}
-    e = experiment(tmp_path / "run", **LONG, **changes, **{"federation.evaluate_on_silos": False})
-    run = consortium.start_run(e)
-    frozen = consortium.worker("silo-0")
-    lines_until(run, "roll call: 2 silos")
+@dataclass(frozen=True)
+class Disturbed:
+    """A run of two rounds, and what was done to three of its four silos in the first."""
+
+    run: Path
+    output: str
+    log: str  # of the silo whose worker was killed
+    task_left_s: float  # until the task that this worker died on was answered
+    vanished_s: float  # until the silo that vanished was left out
+    left_over: list[psutil.Process]  # of the silo that vanished, 3 s later
+
+
+@pytest.fixture(scope="module")
+def disturbed(superlink: Consortium, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    """Kills the worker of silo-0, freezes that of "frozen", which leaves after the round, and kills
+    "vanishing", as when its machine or its line dies: nobody is left there to say so.
+    """
+    superlink.gather({**TWO_SILOS, "frozen": PLAIN, "vanishing": PLAIN})
+    quorum = {"federation.min_silos": 4, "federation.min_replies": 1}
+    timeout = {"federation.round_timeout_s": ROUND_TIMEOUT_S}
+    e = experiment(tmp_path_factory.mktemp("disturbed") / "run", **LONG, **quorum, **timeout)
+    victim = superlink.worker("silo-0")
+    frozen = superlink.worker("frozen")
+    vanishing = superlink.processes_of("vanishing")
+    run = superlink.start_run(e)
+    output = lines_until(run, "roll call: 4 silos")
+
     wait_for_task(frozen)
     os.kill(frozen, signal.SIGSTOP)
     try:
-        output = finished(run)
+        wait_for_task(superlink.worker("vanishing"))
+        task = wait_for_task(victim)
+        time.sleep(1)  # they train
+        superlink.group.processes["vanishing"].kill()
+        vanished = time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        wait_for(lambda: not task.exists(), 20)
+        task_left_s = time.monotonic() - killed
+
+        all_gone(vanishing, vanished + 3 - time.monotonic())
+        left_over = living(vanishing)
+
+        output += lines_until(run, "silo 'vanishing' is left out of the round")
+        vanished_s = time.monotonic() - vanished
+        output += lines_until(run, "round 1/2")
     finally:
         os.kill(frozen, signal.SIGCONT)
-    assert "round 1/1" in output, output
-    (row,) = (row for row in rows(e.run_directory) if "cohort" in row)
-    assert row["cohort"] == ["silo-1"]
-    assert row["failures"] == {"silo-0": "no answer within 40 s"}
+    superlink.end_silo("frozen")
+    output += finished(run)
+    log = superlink.log("silo-0").read_text()
+    return Disturbed(e.run_directory, output, log, task_left_s, vanished_s, left_over)
 
 
-def test_a_silo_that_vanishes_in_a_round_is_named_and_the_round_goes_on(consortium: Consortium, tmp_path: Path) -> None:
-    """As when its machine or its line dies: nobody is left there to say so."""
-    consortium.start_silo("third", "wine")
-    e = experiment(tmp_path / "run", **LONG, **{"federation.min_silos": 3, "federation.min_replies": 2})
-    run = consortium.start_run(e)
-    worker = consortium.worker("third")
-    lines_until(run, "roll call: 3 silos")
-    wait_for_task(worker)
-    consortium.group.processes["third"].kill()
-    killed = time.monotonic()
-    told = lines_until(run, "silo 'third' is left out of the round")
-    assert time.monotonic() - killed < 35  # Flower's heartbeats come every 10 s; two may be missed
-    output = finished(run)
-    assert "silo 'third' is left out of the round: it is no longer connected" in told + output
-    assert next(row["cohort"] for row in rows(e.run_directory) if "cohort" in row) == ["silo-0", "silo-1"]
-    assert wait_for(lambda: not psutil.pid_exists(worker), 5)
+def first_failures(run: Path) -> dict[str, str]:
+    return next(row["failures"] for row in rows(run) if "failures" in row)
+
+
+def test_a_round_goes_on_without_the_silos_that_fail_and_the_next_has_those_that_are_back(
+    disturbed: Disturbed,
+) -> None:
+    assert "round 2/2" in disturbed.output, disturbed.output
+    assert cohorts(disturbed.run) == [["silo-1"], ["silo-0", "silo-1"]]
+
+
+def test_a_worker_that_is_killed_on_a_task_is_named_at_once_and_replaced(
+    disturbed: Disturbed,
+) -> None:
+    told = (
+        "silo 'silo-0' is left out of the round: the silo's worker was ended by SIGKILL while it"
+        " did this task"
+    )
+    assert told in disturbed.output, disturbed.output
+    assert disturbed.task_left_s < 5
+    assert "it is restarted" in disturbed.log
+    assert "SIGKILL" in first_failures(disturbed.run)["silo-0"]
+
+
+def test_a_silo_that_never_answers_is_left_out_when_the_time_is_up(disturbed: Disturbed) -> None:
+    expected = f"no answer within {ROUND_TIMEOUT_S:g} s"
+    assert first_failures(disturbed.run)["frozen"] == expected
+
+
+def test_a_silo_that_vanishes_is_named_in_good_time_and_leaves_no_process(
+    disturbed: Disturbed,
+) -> None:
+    told = "silo 'vanishing' is left out of the round: it is no longer connected"
+    assert told in disturbed.output
+    assert disturbed.vanished_s < 35
+    assert disturbed.left_over == []
+
+
+# --- silos that send what cannot be averaged
 
 
 GARBLING = """
 import sys
-if "fl_app.silo.worker" in sys.orig_argv:
+if "fl_app.flower.worker" in sys.orig_argv:
     from dataclasses import replace
-    from fl_app import messages
-    honest = messages.pack_result
-    messages.pack_result = lambda result: honest(replace(result, update=[array[..., :-1] for array in result.update]))
+    from fl_app.silo.workbench import Workbench
+    honest = Workbench.run
+    def cut(*arguments, **keywords):
+        result, state = honest(*arguments, **keywords)
+        return replace(result, update=[array[..., :-1] for array in result.update]), state
+    Workbench.run = cut
 """
 
 
-def test_a_silo_that_sends_arrays_of_other_shapes_is_left_out_by_name(consortium: Consortium, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(GARBLING)
-    with consortium.another_silo("garbling", "wine", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"):
-        changes = {"federation.min_silos": 3, "federation.min_replies": 2, "federation.num_rounds": 2}
-        e = experiment(tmp_path / "run", **changes)
-        output = finished(consortium.start_run(e))
-    told = [line for line in output.splitlines() if line.startswith("silo 'garbling' is left out of the round")]
-    assert len(told) == 2, output
-    assert all("an update must have the model's" in line and "should be" in line for line in told)
-    assert [row["cohort"] for row in rows(e.run_directory) if "cohort" in row] == [["silo-0", "silo-1"]] * 2
+@pytest.fixture(scope="module")
+def unusable(superlink: Consortium, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of two rounds with a silo that sends arrays of other shapes, and one whose training
+    diverges.
+    """
+    folder = tmp_path_factory.mktemp("unusable")
+    (folder / "sitecustomize.py").write_text(GARBLING)
+    wild = pd.read_parquet(superlink.data["silo-1"])
+    wild[wild.columns.drop("label")] *= 1e30
+    wild.to_parquet(folder / "wild.parquet")
+
+    superlink.gather(TWO_SILOS)
+    path = f"{folder}{os.pathsep}{ROOT}"
+    superlink.start_silo("garbling", "wine", PYTHONPATH=path)
+    superlink.start_silo("wild", str(folder / "wild.parquet"))
+    quorum = {"federation.min_silos": 4, "federation.min_replies": 2}
+    training = {"optimizer.name": "sgd", "optimizer.learning_rate": 1e-6, "data.scaling": "none"}
+    e = experiment(folder / "run", **quorum, **training)
+    with superlink.guests("garbling", "wild"):
+        output = finished(superlink.start_run(e))
+    return Run(e.run_directory, output)
 
 
-def test_a_silo_with_another_app_is_refused_and_both_versions_are_told(consortium: Consortium, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("silo", "reason"),
+    [("garbling", "an update must have the model's"), ("wild", "must be finite")],
+)
+def test_a_silo_whose_update_cannot_be_averaged_is_left_out_by_name(
+    unusable: Run, silo: str, reason: str
+) -> None:
+    start = f"silo {silo!r} is left out of the round"
+    told = [line for line in unusable.output.splitlines() if line.startswith(start)]
+    assert len(told) == 2, unusable.output
+    assert all(reason in line for line in told)
+    assert cohorts(unusable.directory) == [["silo-0", "silo-1"]] * 2
+
+
+def test_a_silo_with_another_app_is_refused_and_both_versions_are_told(
+    consortium: Consortium, tmp_path: Path
+) -> None:
     for package in ("shared", "dist_train", "fl_app"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, tmp_path / package)  # with its bytecode
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "shared" / "metrics.py").open("a") as file:
         file.write("# one line more\n")
-    with consortium.another_silo("other", "wine", PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1") as log:
-        e = experiment(tmp_path / "run", **{"federation.min_silos": 3})
+    log = consortium.start_silo("other", "wine", PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    with consortium.guests("other"):
+        e = experiment(tmp_path / "run")
         output = finished(consortium.start_run(e))
-    (reason,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    (reason,) = [line for line in output.splitlines() if "left out" in line]
     assert "silo 'other' refuses: it runs the app that is installed here" in reason
-    assert "received the bundle" in reason
+    assert "received the app" in reason
     assert "Install the same version" in reason
-    assert "received the bundle" in log.read_text()
-    assert not e.run_directory.exists()
+    assert "received the app" in log.read_text()
+    assert cohorts(e.run_directory) == [["silo-0", "silo-1"]] * 2
 
 
-def test_a_silo_whose_training_diverges_is_left_out_by_name(starter, tmp_path: Path) -> None:
-    good, wild = tmp_path / "good.csv", tmp_path / "wild.csv"
-    lines = [f"{i % 7},{i % 3},{i % 2}" for i in range(60)]
-    good.write_text("\n".join(["a,b,label", *lines]))
-    wild.write_text("\n".join(["a,b,label", *(f"{i}e30,{i % 3}e30,{i % 2}" for i in range(60))]))
-    keys = {"federation.min_replies": 1, "optimizer.name": "sgd", "data.scaling": "none"}
-    e = experiment(tmp_path / "run", **keys)
-    silos = ("--silo", f"good={good}", "--silo", f"wild={wild}")
-    run = starter("fl_app.launch", toml_file(tmp_path, e), *silos, "--run-dir", tmp_path / "run")
-    output = finished(run)
-    assert run.returncode == 0, output
-    told = [line for line in output.splitlines() if line.startswith("silo 'wild' is left out of the round")]
-    assert len(told) == 2
-    assert all("must be finite" in line for line in told)
-    assert [row["cohort"] for row in rows(tmp_path / "run") if "cohort" in row] == [["good"]] * 2
-    assert our_processes(str(tmp_path)) == []
+# --- Flower's own nodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("node", ["flower", "worker-stock-waits"])
-def test_stock_supernodes_run_the_same_app_to_the_same_weights(starter, tmp_path: Path, node: str) -> None:
-    e = experiment(tmp_path / "run", **{"federation.num_rounds": 1, "federation.evaluate_on_silos": False})
-    path = toml_file(tmp_path, e)
-    run = starter("fl_app.launch", path, "--silos", 2, "--node", node, "--run-dir", tmp_path / "run")
+def test_stock_supernodes_run_the_same_app_to_the_same_weights(
+    starter, tmp_path: Path, node: str
+) -> None:
+    short = {
+        "federation.num_rounds": 1,
+        "federation.min_silos": 1,
+        "federation.evaluate_on_silos": False,
+    }
+    path = toml_file(tmp_path, experiment(tmp_path / "unused", **short))
+    run = starter(
+        "fl_app.launch", path, "--silos", 1, "--node", node, "--run-dir", tmp_path / "run"
+    )
     output = finished(run)
     assert run.returncode == 0, output
-    here = experiment(tmp_path / "here", **{"federation.num_rounds": 1, "federation.evaluate_on_silos": False})
-    run_federation(here, LocalExchange(here, cut_data(here, 2, tmp_path)), RunRecord(here, "flower", "round"))
+    here = experiment(tmp_path / "here", **short)
+    exchange = exchange_of_files(here, partition_data(here, 1, tmp_path))
+    run_federation(here, exchange, RunRecord(here, "flower", "round"))
     assert result(tmp_path / "run")["weights_sha256"] == result(tmp_path / "here")["weights_sha256"]
 
 
 WITHOUT = """
 import sys
-from fl_app import flower_internals
+from fl_app.flower import {module}
 from fl_app.silo.__main__ import main
-flower_internals.{table}["flwr", "gone"] = ()
+{module}.INTERNALS["flwr", "gone"] = ()
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize(
-    ("table", "warning", "runs_instead"),
+    ("module", "warning", "runs_instead"),
     [
-        ("EXECUTOR", "no flwr.gone: each task starts a process", "flower-superexec"),
-        ("WAITS", "no flwr.gone: its SuperNode looks for messages every 3 s only", "flower-supernode"),
+        ("node_tasks", "no flwr.gone: each task starts a process", "flower-superexec"),
+        (
+            "supernode",
+            "no flwr.gone: its SuperNode polls for messages every 3 s only",
+            "flower-supernode",
+        ),
     ],
 )
 def test_a_silo_falls_back_on_flower_as_it_is_and_says_so(
-    tmp_path: Path, table: str, warning: str, runs_instead: str
+    tmp_path: Path, module: str, warning: str, runs_instead: str
 ) -> None:
-    """Where Flower lacks an internal name that ours is built on. Flower's commands need not be on the PATH."""
-    command = ["--insecure", "--superlink", f"127.0.0.1:{free_ports(1)[0]}", "--silo", "a", "--data", "wine"]
-    path = os.pathsep.join(folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != BIN)
+    """Where Flower lacks an internal name that ours is built on. Flower's commands need not be on
+    the PATH.
+    """
+    command = ["--insecure", "--superlink", f"127.0.0.1:{free_ports(1)[0]}"]
+    command += ["--silo", "a", "--data", "wine"]
+    path = os.pathsep.join(
+        folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != BIN
+    )
     with cleaned_up(str(tmp_path)):
         silo = subprocess.Popen(
-            [sys.executable, "-c", WITHOUT.format(table=table), *command],
+            [sys.executable, "-c", WITHOUT.format(module=module), *command],
             cwd=ROOT,
             env=environment(**{MARK: str(tmp_path), "PATH": path}),
             stdout=subprocess.PIPE,
@@ -268,36 +355,49 @@ def test_a_silo_falls_back_on_flower_as_it_is_and_says_so(
         assert warning in lines_until(silo, "the SuperNode is running")
         assert wait_for(lambda: our_processes(str(tmp_path), str(BIN / runs_instead)), 30)
         silo.send_signal(signal.SIGINT)
-        output, _ = silo.communicate(timeout=30)
+        output = finished(silo, 30)
         assert silo.returncode == 130, output
         assert wait_for(lambda: not our_processes(str(tmp_path)), 5)
 
 
+# --- the end of a silo
+
+
+def test_ctrl_c_at_a_silo_leaves_no_process(superlink: Consortium) -> None:
+    superlink.gather({"silo-1": PLAIN})
+    processes = superlink.processes_of("silo-1")
+    silo = superlink.group.processes["silo-1"]
+    silo.send_signal(signal.SIGINT)
+    assert silo.wait(30) == 130
+    log = superlink.log("silo-1").read_text()
+    assert "has left the federation" in log
+    assert "Traceback" not in log
+    assert len(processes) == 3
+    assert all_gone(processes, 1)
+
+
+def test_a_killed_supernode_ends_its_silo_with_the_reason(superlink: Consortium) -> None:
+    superlink.gather({"silo-0": PLAIN})
+    processes = superlink.processes_of("silo-0")
+    (node,) = superlink.processes_of("silo-0", "fl_app.flower.supernode")
+    node.kill()
+    assert superlink.group.processes["silo-0"].wait(30) == 2
+    told = "error: the SuperNode of silo silo-0 was ended by SIGKILL"
+    assert told in superlink.log("silo-0").read_text()
+    assert all_gone(processes, 3)
+
+
 @pytest.mark.parametrize("phase", ["the SuperNode is running", "the worker is ready"])
-def test_ctrl_c_at_a_silo_leaves_no_process(starter, tmp_path: Path, phase: str) -> None:
-    """Also while its SuperNode waits for a SuperLink that is not there."""
+def test_ctrl_c_while_no_coordinator_is_there_leaves_no_process(
+    starter, tmp_path: Path, phase: str
+) -> None:
     (port,) = free_ports(1)
     command = ("--insecure", "--superlink", f"127.0.0.1:{port}", "--silo", "a", "--data", "wine")
     silo = starter("fl_app.silo", *command)
     before = lines_until(silo, phase)
     silo.send_signal(signal.SIGINT)
-    output, _ = silo.communicate(timeout=30)
+    output = finished(silo, 30)
     assert silo.returncode == 130, before + output
     assert "has left the federation" in output
     assert "Traceback" not in before + output
     assert wait_for(lambda: not our_processes(str(tmp_path)), 1)
-
-
-@pytest.mark.parametrize("victim", ["fl_app.silo", "fl_app.silo.supernode"])
-def test_a_killed_silo_or_supernode_leaves_no_process(starter, tmp_path: Path, victim: str) -> None:
-    (port,) = free_ports(1)
-    command = ("--insecure", "--superlink", f"127.0.0.1:{port}", "--silo", "a", "--data", "wine")
-    silo = starter("fl_app.silo", *command)
-    assert wait_for(lambda: our_processes(str(tmp_path), "fl_app.silo.worker"), 60)
-    (process,) = our_processes(str(tmp_path), victim)
-    process.kill()
-    output, _ = silo.communicate(timeout=30)
-    assert wait_for(lambda: not our_processes(str(tmp_path)), 3)
-    if victim != "fl_app.silo":
-        assert silo.returncode == 2
-        assert "error: the SuperNode of silo a was ended by SIGKILL" in output

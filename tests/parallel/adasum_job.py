@@ -1,4 +1,5 @@
-"""Run by test_adasum.py on two ranks: one step of plain SGD with Adasum; every rank writes what it saw.
+"""Run by test_adasum.py on two ranks: one step of plain SGD with Adasum; every rank writes what it
+saw.
 
 python adasum_job.py OUTPUT_FOLDER
 """

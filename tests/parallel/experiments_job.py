@@ -1,4 +1,6 @@
-"""python experiments_job.py FOLDER: trains every experiment that comes along, shortened, on its ranks."""
+"""python experiments_job.py FOLDER: trains every experiment that comes along, shortened, on its
+ranks.
+"""
 
 import sys
 from pathlib import Path

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_train.launch import Communicator, agree, broadcast_unless_equal, serve
+from dist_train.job import Communicator, agree, broadcast_unless_equal, serve
 
 
 def answer(communicator: Communicator, request: str, for_root: Any) -> Any:
@@ -20,7 +20,9 @@ def answer(communicator: Communicator, request: str, for_root: Any) -> Any:
         return None
     match what:
         case "sum":
-            (array,) = communicator.broadcast_arrays([for_root if communicator.is_root else np.zeros(3)])
+            (array,) = communicator.broadcast_arrays(
+                [for_root if communicator.is_root else np.zeros(3)]
+            )
             return communicator.all_gather_object((communicator.rank, float(array.sum())))
         case "refuse":
             return agree(communicator, lambda: refuse(communicator.rank))
@@ -33,7 +35,7 @@ def answer(communicator: Communicator, request: str, for_root: Any) -> Any:
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "sleep":
-            time.sleep(12)
+            time.sleep(6)
             return "awake"
 
 

@@ -12,13 +12,20 @@ BIN = Path(sys.executable).parent
 def environment(**changes: str) -> dict[str, str]:
     ours = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
     ours["PATH"] = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
-    ours |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # containers have only root
+    ours |= {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }  # containers have only root
     ours.pop("PYTHONDONTWRITEBYTECODE", None)
     return {**ours, **changes}
 
 
 def run_ranks(
-    num_ranks: int, *command: object, cwd: Path = ROOT, timeout_s: float = 300.0, launcher: str = "--gloo"
+    num_ranks: int,
+    *command: object,
+    cwd: Path = ROOT,
+    timeout_s: float = 300.0,
+    launcher: str = "--gloo",
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python COMMAND...` on so many ranks; one rank is a plain process, without Horovod."""
     horovodrun = [str(BIN / "horovodrun"), launcher, "-np", str(num_ranks)] if num_ranks > 1 else []

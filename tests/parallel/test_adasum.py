@@ -1,4 +1,6 @@
-"""Adasum against its closed form for two ranks, where Horovod has MPI; refused with the remedy over Gloo."""
+"""Adasum against its closed form for two ranks, where Horovod has MPI; refused with the remedy over
+Gloo.
+"""
 
 from pathlib import Path
 
@@ -19,7 +21,9 @@ def test_adasum_is_refused_over_gloo(tmp_path: Path) -> None:
     assert "make setup MPI=1" in done.stdout
 
 
-@pytest.mark.skipif(not hvd.mpi_built(), reason="Horovod was built without MPI (make setup MPI=1 builds it)")
+@pytest.mark.skipif(
+    not hvd.mpi_built(), reason="Horovod was built without MPI (make setup MPI=1 builds it)"
+)
 def test_adasum_of_two_ranks_is_its_closed_form(tmp_path: Path) -> None:
     """(1 - ab / 2aa) a + (1 - ab / 2bb) b, Maleki et al. 2020 (arXiv:2006.02924), equation 4."""
     done = run_ranks(2, JOB, tmp_path, launcher="--mpi")
@@ -30,4 +34,6 @@ def test_adasum_of_two_ranks_is_its_closed_form(tmp_path: Path) -> None:
         expected = (1 - ab / (2 * aa)) * a + (1 - ab / (2 * bb)) * b
         np.testing.assert_allclose(one["step"], expected, rtol=1e-4, atol=1e-6)
         assert one["step"].tobytes() == other["step"].tobytes()
-        assert not np.allclose(expected, (a + b) / 2, rtol=1e-2)  # the test can tell it from the mean
+        assert not np.allclose(
+            expected, (a + b) / 2, rtol=1e-2
+        )  # the test can tell it from the mean

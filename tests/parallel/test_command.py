@@ -1,6 +1,9 @@
-"""python -m dist_train as a user starts it: alone and under horovodrun, with resume and with mistakes."""
+"""python -m dist_train as a user starts it: alone and under horovodrun, with resume and with
+mistakes.
+"""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,24 +21,31 @@ def result(run: Path) -> dict:
 def test_a_run_resumed_in_new_processes_is_bit_equal(tmp_path: Path) -> None:
     def train(directory: str, epochs: int, *more: str) -> dict:
         run = tmp_path / directory
-        done = run_ranks(
-            2, "-m", "dist_train", EXPERIMENT, "--run-dir", run, "--set", f"training.epochs={epochs}", *more
-        )
+        options = ["--run-dir", run, "--set", f"training.epochs={epochs}", *more]
+        done = run_ranks(2, "-m", "dist_train", EXPERIMENT, *options)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return result(run)
 
-    undisturbed = train("undisturbed", 2)
-    train("stopped", 1)
-    resumed = train("stopped", 2, "--resume")
+    with ThreadPoolExecutor() as meanwhile:
+        training = meanwhile.submit(train, "undisturbed", 2)
+        train("stopped", 1)
+        resumed = train("stopped", 2, "--resume")
+    undisturbed = training.result()
     assert resumed["weights_sha256"] == undisturbed["weights_sha256"]
     assert resumed["runtime"] == "horovod"
     assert resumed["world_size"] == 2
-    assert resumed["bytes_sent"] == undisturbed["bytes_sent"] == 2 * 2 * 41 * 4 * resumed["num_parameters"]
+    assert (
+        resumed["bytes_sent"]
+        == undisturbed["bytes_sent"]
+        == 2 * 2 * 41 * 4 * resumed["num_parameters"]
+    )
 
 
 def test_a_mistake_is_told_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = run_ranks(2, "-m", "dist_train", EXPERIMENT, "--run-dir", run, "--set", "training.global_batch_size=1")
+    done = run_ranks(
+        2, "-m", "dist_train", EXPERIMENT, "--run-dir", run, "--set", "training.global_batch_size=1"
+    )
     assert done.returncode != 0
     told = [line for line in (done.stdout + done.stderr).splitlines() if "error:" in line]
     assert len([line for line in told if "global batch must not be smaller" in line]) == 1
@@ -64,10 +74,10 @@ def test_mistakes_end_with_one_clean_line(tmp_path: Path, arguments: list[str], 
 
 def test_one_process_imports_no_horovod(tmp_path: Path) -> None:
     program = (
-        "import sys; from dist_train.__main__ import main; "
-        f"status = main(['experiments/article_linear_distributed.toml', '--run-dir', {str(tmp_path / 'run')!r}, "
-        "'--set', 'run.tensorboard=true']); "
-        "sys.exit(status or any(name.partition('.')[0] == 'horovod' for name in sys.modules))"
+        "import sys; from dist_train.__main__ import main; status ="
+        " main(['experiments/article_linear_distributed.toml', '--run-dir',"
+        f" {str(tmp_path / 'run')!r}, '--set', 'run.tensorboard=true']); sys.exit(status or"
+        " any(name.partition('.')[0] == 'horovod' for name in sys.modules))"
     )
     done = run_ranks(1, "-c", program)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,7 +9,7 @@ import pytest
 from tests.parallel.launching import run_ranks
 from tests.shortened import EXPERIMENTS, shortened
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 
 def test_every_experiment_trains_on_two_ranks(tmp_path: Path) -> None:

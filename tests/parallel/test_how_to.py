@@ -9,7 +9,7 @@ import pytest
 
 from tests.parallel.launching import ROOT, run_ranks
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 PAGE = ROOT / "docs" / "how-to-keras-horovod.md"
 
 
@@ -20,7 +20,9 @@ def printed_script() -> str:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_printed_script_trains_and_saves_a_model_that_loads_anywhere(tmp_path: Path, world_size: int) -> None:
+def test_the_printed_script_trains_and_saves_a_model_that_loads_anywhere(
+    tmp_path: Path, world_size: int
+) -> None:
     script = tmp_path / "digits.py"
     script.write_text(printed_script(), encoding="utf-8")
     done = run_ranks(world_size, script, cwd=tmp_path)

@@ -1,7 +1,9 @@
-"""Two hosts on one machine: network namespaces joined by a cable (veth), each with its own name, addresses and ssh.
+"""Two hosts on one machine: network namespaces joined by a cable (veth), each with its own name,
+addresses and ssh.
 
-Needs root. Nothing of the machine's own network or ssh is touched: what a host finds in /etc/hosts and /etc/ssh lies in
-/etc/netns/NAMESPACE, which `ip netns exec` puts over /etc, and goes with the host.
+Needs root. Nothing of the machine's own network or ssh is touched: what a host finds in /etc/hosts
+and /etc/ssh lies in /etc/netns/NAMESPACE, which `ip netns exec` puts over /etc, and goes with the
+host.
 """
 
 import contextlib
@@ -23,7 +25,12 @@ from shared.processes import ProcessGroup
 
 ADDRESSES = {"h0": "192.0.2.1", "h1": "192.0.2.2"}  # for documentation only (RFC 5737): nobody's
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-PROGRAMS = {"ip": "iproute2", "unshare": "util-linux", "ssh-keygen": "openssh-client", "sshd": "openssh-server"}
+PROGRAMS = {
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
+}
 SSH_CONFIG = "IdentityFile /etc/ssh/identity\nUserKnownHostsFile /dev/null\nBatchMode yes\n"
 SSHD_CONFIG = """
 HostKey /etc/ssh/host_key
@@ -40,7 +47,8 @@ class NoHosts(Exception):
 
 
 class TwoHosts:
-    """As a context manager: hosts h0 and h1; h0 may log in to h1. Everything is removed on the way out.
+    """As a context manager: hosts h0 and h1; h0 may log in to h1. Everything is removed on the way
+    out.
 
     Both see this machine's files, but `own_folder` is empty on h1 and its own.
     """
@@ -63,7 +71,10 @@ class TwoHosts:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             self.processes.__exit__(kind, error, trace)
@@ -76,20 +87,28 @@ class TwoHosts:
                 shutil.rmtree(etc(namespace), ignore_errors=True)
             run("rmdir", "--ignore-fail-on-non-empty", "/etc/netns", check=False)
 
-    def run_on_h0(self, script: str, cwd: Path, environment: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
-        """Runs a bash script on h0 and returns its exit status and what it printed. Raises TimeoutError."""
+    def run_on_h0(
+        self, script: str, cwd: Path, environment: Mapping[str, str], timeout_s: float
+    ) -> tuple[int, str]:
+        """Runs a bash script on h0 and returns its exit status and what it printed. Raises
+        TimeoutError.
+        """
         bash = f"cd {shlex.quote(str(cwd))} && exec bash -e -c {shlex.quote(script)}"
         process = self.processes.start("h0", self._on("h0", bash), environment, self.log)
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
             printed = self.log.read_text(errors="replace")
-            raise TimeoutError(f"not done after {timeout_s:g} s: {script}It printed: {printed[-3000:]}") from error
+            raise TimeoutError(
+                f"not done after {timeout_s:g} s: {script}It printed: {printed[-3000:]}"
+            ) from error
         return status, self.log.read_text(errors="replace")
 
     def bytes_through_the_cable(self) -> tuple[int, int]:
         """Bytes that h1 has received and sent."""
-        [link] = json.loads(run("ip", "-json", "-stats", "-n", self.namespaces["h1"], "link", "show", "eth0"))
+        [link] = json.loads(
+            run("ip", "-json", "-stats", "-n", self.namespaces["h1"], "link", "show", "eth0")
+        )
         return link["stats64"]["rx"]["bytes"], link["stats64"]["tx"]["bytes"]
 
     def files_on_h1(self) -> list[str]:
@@ -110,25 +129,55 @@ class TwoHosts:
         return self.commands_on_h1(word)
 
     def _on(self, host: str, script: str) -> list[str]:
-        """A command that runs a shell script on a host: in its network, with its name and its /etc."""
+        """A command that runs a shell script on a host: in its network, with its name and its
+        /etc.
+        """
         named = f"echo {host} > /proc/sys/kernel/hostname && {script}"
-        return [program("ip"), "netns", "exec", self.namespaces[host], program("unshare"), "--uts", "sh", "-c", named]
+        return [
+            program("ip"),
+            "netns",
+            "exec",
+            self.namespaces[host],
+            program("unshare"),
+            "--uts",
+            "sh",
+            "-c",
+            named,
+        ]
 
     def _join_namespaces(self) -> None:
         h0, h1 = self.namespaces.values()
         try:
             for namespace in (h0, h1):
                 run("ip", "netns", "add", namespace)
-            run("ip", "link", "add", "eth0", "netns", h0, "type", "veth", "peer", "name", "eth0", "netns", h1)
+            run(
+                "ip",
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                h0,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                h1,
+            )
         except subprocess.CalledProcessError as error:
-            raise NoHosts(f"network namespaces cannot be made here: {error.stderr.strip()}") from error
+            raise NoHosts(
+                f"network namespaces cannot be made here: {error.stderr.strip()}"
+            ) from error
         for host, address in ADDRESSES.items():
             run("ip", "-n", self.namespaces[host], "address", "add", f"{address}/24", "dev", "eth0")
             for link in ("lo", "eth0"):
                 run("ip", "-n", self.namespaces[host], "link", "set", link, "up")
 
     def _write_etc(self) -> None:
-        hosts = "127.0.0.1 localhost\n" + "".join(f"{address} {host}\n" for host, address in ADDRESSES.items())
+        hosts = "127.0.0.1 localhost\n" + "".join(
+            f"{address} {host}\n" for host, address in ADDRESSES.items()
+        )
         for namespace in self.namespaces.values():
             (etc(namespace) / "ssh").mkdir(parents=True)
             (etc(namespace) / "hosts").write_text(hosts)
@@ -136,15 +185,22 @@ class TwoHosts:
         for key in (h0 / "ssh" / "identity", h1 / "ssh" / "host_key"):
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
         (h0 / "ssh" / "ssh_config").write_text(SSH_CONFIG)
-        (h0 / "ssh" / "ssh_known_hosts").write_text("h1 " + (h1 / "ssh" / "host_key.pub").read_text())
+        (h0 / "ssh" / "ssh_known_hosts").write_text(
+            "h1 " + (h1 / "ssh" / "host_key.pub").read_text()
+        )
         (h1 / "ssh" / "sshd_config").write_text(SSHD_CONFIG)
         (h1 / "ssh" / "authorized_keys").write_text((h0 / "ssh" / "identity.pub").read_text())
-        (h1 / "shadow").write_text("root:*:::::::\n")  # without a password, but not locked, which sshd would refuse
+        (h1 / "shadow").write_text(
+            "root:*:::::::\n"
+        )  # without a password, but not locked, which sshd would refuse
 
     def _start_sshd(self, timeout_s: float = 20.0) -> None:
         log = self.folder / "sshd.log"
         own = shlex.quote(str(self.own_folder))
-        script = f"mount -t tmpfs h1 /run && mkdir /run/sshd && mount -t tmpfs h1 {own} && exec {program('sshd')} -D -e"
+        script = (
+            f"mount -t tmpfs h1 /run && mkdir /run/sshd && mount -t tmpfs h1 {own} && exec"
+            f" {program('sshd')} -D -e"
+        )
         sshd = self.processes.start("sshd", self._on("h1", script), {"PATH": SYSTEM_PATH}, log)
         deadline = time.monotonic() + timeout_s
         while "Server listening" not in log.read_text():
@@ -159,7 +215,8 @@ def require_root_and_programs() -> None:
         raise NoHosts("network namespaces need root")
     if missing := [name for name in PROGRAMS if program(name) is None]:
         raise NoHosts(
-            f"no {', '.join(missing)} here: run apt-get install {' '.join(PROGRAMS[name] for name in missing)}"
+            f"no {', '.join(missing)} here: run apt-get install"
+            f" {' '.join(PROGRAMS[name] for name in missing)}"
         )
 
 
@@ -173,5 +230,7 @@ def etc(namespace: str) -> Path:
 
 
 def run(*command: str, check: bool = True) -> str:
-    done = subprocess.run(command, env={"PATH": SYSTEM_PATH}, capture_output=True, text=True, check=check, timeout=30)
+    done = subprocess.run(
+        command, env={"PATH": SYSTEM_PATH}, capture_output=True, text=True, check=check, timeout=30
+    )
     return done.stdout

@@ -7,7 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fl_app.aggregation import LARGEST, Contribution, RunningMean, weighted_mean
+from fl_app.aggregation.aggregator import Contribution
+from fl_app.aggregation.mean import LARGEST, RunningMean, weighted_mean
 from shared.weights import Weights
 
 SHAPES = ((3, 2), (5,), ())
@@ -15,10 +16,13 @@ SHAPES = ((3, 2), (5,), ())
 
 def contribution(seed: int, num_examples: int, scale: float = 1.0) -> Contribution:
     rng = np.random.default_rng(seed)
-    return Contribution([np.float32(scale * rng.normal(size=shape)) for shape in SHAPES], num_examples)
+    return Contribution(
+        [np.float32(scale * rng.normal(size=shape)) for shape in SHAPES], num_examples
+    )
 
 
-# Of wildly different magnitude, the large ones cancelling: the float sum of these depends on its order.
+# Of wildly different magnitude, the large ones cancelling: the float sum of these depends on its
+# order.
 WILD = {
     "d": contribution(0, 1_000_003, 3e4),
     "a": contribution(1, 7, 1e-3),
@@ -34,16 +38,16 @@ def bits(arrays: Iterable[np.ndarray]) -> list[tuple[np.dtype, tuple[int, ...], 
 def folded(contributions: Iterable[Contribution], expected_examples: int) -> Weights:
     mean = RunningMean(contribution(0, 1).update, expected_examples)
     for each in contributions:
-        mean.add(each)
-    return [*mean.mean()]
+        mean.add("a silo", each)
+    return [*mean.result()]
 
 
 def mean_of_numbers(numbers: dict[float, int], expected_examples: int) -> float:
     """Of {update: its examples}, updates of one float64 number each."""
     mean = RunningMean([np.zeros(1)], expected_examples)
     for number, num_examples in numbers.items():
-        mean.add(Contribution([np.array([number])], num_examples))
-    return float(next(mean.mean())[0])
+        mean.add("a silo", Contribution([np.array([number])], num_examples))
+    return float(next(mean.result())[0])
 
 
 # --- the mean
@@ -68,11 +72,21 @@ def test_those_that_were_expected_and_did_not_come_do_not_count():
 
 @pytest.mark.parametrize("num_examples", [1, 3, 1_000_003])
 def test_one_contribution_comes_back_bit_by_bit_down_to_a_millionth(num_examples: int):
-    """Float32 numbers from 2^-20 to 2^17 have no bits below 2^-44; of smaller ones, its multiples come back."""
+    """Float32 numbers from 2^-20 to 2^17 have no bits below 2^-44; of smaller ones, its multiples
+    come back.
+    """
     rng = np.random.default_rng(4)
-    numbers = rng.choice([-1.0, 1.0], 3000) * rng.uniform(1.0, 2.0, 3000) * 2.0 ** rng.integers(-20, 17, 3000)
+    numbers = (
+        rng.choice([-1.0, 1.0], 3000)
+        * rng.uniform(1.0, 2.0, 3000)
+        * 2.0 ** rng.integers(-20, 17, 3000)
+    )
     multiples = rng.integers(-(2**24), 2**24, 3000) * 2.0**-44
-    update = [np.float32(numbers).reshape(30, 100), np.float32(multiples), np.float32([LARGEST, -LARGEST, 0.0, 2**-20])]
+    update = [
+        np.float32(numbers).reshape(30, 100),
+        np.float32(multiples),
+        np.float32([LARGEST, -LARGEST, 0.0, 2**-20]),
+    ]
     assert bits(weighted_mean({"a": Contribution(update, num_examples)})) == bits(update)
 
 
@@ -87,37 +101,53 @@ def test_a_smaller_number_comes_back_as_the_nearest_multiple_of_the_resolution(n
 
 def test_equal_contributions_come_back_bit_by_bit():
     updates = contribution(4, 1).update
-    parts = {name: Contribution(updates, num_examples) for name, num_examples in (("a", 3), ("b", 7), ("c", 11))}
+    parts = {
+        name: Contribution(updates, num_examples)
+        for name, num_examples in (("a", 3), ("b", 7), ("c", 11))
+    }
     assert bits(weighted_mean(parts)) == bits(updates)
 
 
-@pytest.mark.parametrize("expected_examples", [2_000_014, 5_000_000], ids=["all came", "some did not"])
+@pytest.mark.parametrize(
+    "expected_examples", [2_000_014, 5_000_000], ids=["all came", "some did not"]
+)
 def test_the_mean_is_that_of_exact_arithmetic_up_to_rounding(expected_examples: int):
     mean = folded(WILD.values(), expected_examples)
     counts = [c.num_examples for c in WILD.values()]
     for i, shape in enumerate(SHAPES):
         for at in np.ndindex(shape):
-            exact, tolerance = exact_mean([float(c.update[i][at]) for c in WILD.values()], counts, expected_examples)
+            exact, tolerance = exact_mean(
+                [float(c.update[i][at]) for c in WILD.values()], counts, expected_examples
+            )
             as_float32 = abs(exact) * Fraction(2) ** -23
             assert abs(Fraction(float(mean[i][at])) - exact) <= tolerance + as_float32
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 3e4])
 @pytest.mark.parametrize("expected_examples", [200, 5_000], ids=["all came", "some did not"])
-def test_a_mean_of_float64_is_that_of_exact_arithmetic_up_to_the_resolution(scale: float, expected_examples: int):
+def test_a_mean_of_float64_is_that_of_exact_arithmetic_up_to_the_resolution(
+    scale: float, expected_examples: int
+):
     rng = np.random.default_rng(6)
     updates, counts = scale * rng.normal(size=(10, 300)), [1, 3, 7, 11, 13, 17, 19, 23, 29, 77]
     mean = RunningMean([updates[0]], expected_examples)
     for update, num_examples in zip(updates, counts, strict=True):
-        mean.add(Contribution([update], num_examples))
-    for numbers, found in zip(updates.T.tolist(), next(mean.mean()).tolist(), strict=True):
+        mean.add("a silo", Contribution([update], num_examples))
+    for numbers, found in zip(updates.T.tolist(), next(mean.result()).tolist(), strict=True):
         exact, tolerance = exact_mean(numbers, counts, expected_examples)
         assert abs(Fraction(found) - exact) <= tolerance
 
 
-def exact_mean(numbers: list[float], counts: list[int], expected_examples: int) -> tuple[Fraction, Fraction]:
-    """And how far from it the mean may be: half the resolution for each term, and float64's share of each product."""
-    terms = [Fraction(number) * num_examples for number, num_examples in zip(numbers, counts, strict=True)]
+def exact_mean(
+    numbers: list[float], counts: list[int], expected_examples: int
+) -> tuple[Fraction, Fraction]:
+    """And how far from it the mean may be: half the resolution for each term, and float64's share
+    of each product.
+    """
+    terms = [
+        Fraction(number) * num_examples
+        for number, num_examples in zip(numbers, counts, strict=True)
+    ]
     half_the_resolution = Fraction(2) ** -45 * len(terms) * Fraction(expected_examples, sum(counts))
     products = Fraction(2) ** -51 * sum(map(abs, terms)) / sum(counts)
     return sum(terms) / sum(counts), half_the_resolution + products
@@ -126,15 +156,27 @@ def exact_mean(numbers: list[float], counts: list[int], expected_examples: int) 
 # --- every order of arrival
 
 
-@pytest.mark.parametrize("expected_examples", [2_000_014, 5_000_000], ids=["all came", "some did not"])
+@pytest.mark.parametrize(
+    "expected_examples", [2_000_014, 5_000_000], ids=["all came", "some did not"]
+)
 def test_the_mean_is_bit_equal_for_every_order_of_arrival(expected_examples: int):
     orders = list(itertools.permutations(WILD.values()))
     assert len({str(bits(folded(order, expected_examples))) for order in orders}) == 1
-    assert len({str(bits(weighted_mean(dict(order)))) for order in itertools.permutations(WILD.items())}) == 1
+    assert (
+        len(
+            {
+                str(bits(weighted_mean(dict(order))))
+                for order in itertools.permutations(WILD.items())
+            }
+        )
+        == 1
+    )
 
 
 def test_the_order_of_arrival_would_matter_to_a_sum_of_floats():
-    """The law above is no accident of its numbers: their plain float64 mean depends on the order, even as float32."""
+    """The law above is no accident of its numbers: their plain float64 mean depends on the order,
+    even as float32.
+    """
     total = sum(c.num_examples for c in WILD.values())
     means = {
         np.float32(sum(np.float64(c.update[0]) * c.num_examples for c in order) / total).tobytes()
@@ -151,17 +193,22 @@ def test_refused_updates_in_between_change_nothing_in_any_order():
         for each in order:
             if each is broken:
                 with pytest.raises(ValueError, match="finite"):
-                    mean.add(each)
+                    mean.add("a silo", each)
             else:
-                mean.add(each)
-        assert bits([*mean.mean()]) == bits(weighted_mean(WILD))
+                mean.add("a silo", each)
+        assert bits([*mean.result()]) == bits(weighted_mean(WILD))
 
 
 # --- arrays of all kinds
 
 
 def test_the_mean_has_dtypes_and_shapes_of_the_updates():
-    update = [np.float16([[1.5]]), np.float64([0.25]), np.float32(2.0), np.zeros((0, 3), np.float32)]
+    update = [
+        np.float16([[1.5]]),
+        np.float64([0.25]),
+        np.float32(2.0),
+        np.zeros((0, 3), np.float32),
+    ]
     mean = weighted_mean({"a": Contribution(update, 1), "b": Contribution(update, 2)})
     assert bits(mean) == bits(update)
 
@@ -194,10 +241,10 @@ def test_the_contributions_are_left_as_they_are():
 
 def test_a_mean_that_was_taken_stays_when_more_is_added():
     mean = RunningMean([np.zeros(1)], 2)
-    mean.add(Contribution([np.array([1.0])], 1))
-    first = [*mean.mean()]
-    mean.add(Contribution([np.array([3.0])], 1))
-    assert (first[0].tolist(), next(mean.mean()).tolist()) == ([1.0], [2.0])
+    mean.add("a silo", Contribution([np.array([1.0])], 1))
+    first = [*mean.result()]
+    mean.add("a silo", Contribution([np.array([3.0])], 1))
+    assert (first[0].tolist(), next(mean.result()).tolist()) == ([1.0], [2.0])
 
 
 # --- what is refused
@@ -213,12 +260,30 @@ GOOD = contribution(1, 1).update
 REFUSED = {
     "no examples": (Contribution(GOOD, 0), "must rest on examples, .* received 0"),
     "fewer than none": (Contribution(GOOD, -1), "must rest on examples, .* received -1"),
-    "no number of examples": (Contribution(GOOD, float("nan")), "must rest on examples, .* received nan"),
-    "far more than expected": (Contribution(GOOD, 10**9), r"no more than the roll call lets expect \(10 in all\)"),
-    "endless examples": (Contribution(GOOD, float("inf")), "no more than the roll call lets expect .* received inf"),
-    "too few arrays": (Contribution(GOOD[:1], 1), r"3 arrays; received 1, of which array 1 is none and should be"),
-    "too many arrays": (Contribution([*GOOD, GOOD[0]], 1), r"3 arrays; received 4, of which array 3 is float32"),
-    "no arrays": (Contribution([], 1), r"received 0, of which array 0 is none and should be float32 of shape \(3, 2\)"),
+    "no number of examples": (
+        Contribution(GOOD, float("nan")),
+        "must rest on examples, .* received nan",
+    ),
+    "far more than expected": (
+        Contribution(GOOD, 10**9),
+        r"no more than the roll call lets expect \(10 in all\)",
+    ),
+    "endless examples": (
+        Contribution(GOOD, float("inf")),
+        "no more than the roll call lets expect .* received inf",
+    ),
+    "too few arrays": (
+        Contribution(GOOD[:1], 1),
+        r"3 arrays; received 1, of which array 1 is none and should be",
+    ),
+    "too many arrays": (
+        Contribution([*GOOD, GOOD[0]], 1),
+        r"3 arrays; received 4, of which array 3 is float32",
+    ),
+    "no arrays": (
+        Contribution([], 1),
+        r"received 0, of which array 0 is none and should be float32 of shape \(3, 2\)",
+    ),
     "another order": (
         Contribution([GOOD[1], GOOD[0], GOOD[2]], 1),
         r"array 0 is float32 of shape \(5,\) and should be",
@@ -248,13 +313,13 @@ for value in (np.nan, np.inf, -np.inf, -1e30):
 def test_what_cannot_be_averaged_is_refused_and_leaves_the_sum_as_it_was(case: str):
     refused, message = REFUSED[case]
     mean = RunningMean(GOOD, expected_examples=10)
-    mean.add(contribution(2, 3))
-    before, num_examples = bits([*mean.mean()]), mean.num_examples
+    mean.add("a silo", contribution(2, 3))
+    before, num_examples = bits([*mean.result()]), mean.num_examples
     with pytest.raises(ValueError, match=message):
-        mean.add(refused)
-    assert (bits([*mean.mean()]), mean.num_examples) == (before, num_examples)
-    mean.add(contribution(4, 7))
-    assert bits([*mean.mean()]) == bits(folded([contribution(2, 3), contribution(4, 7)], 10))
+        mean.add("a silo", refused)
+    assert (bits([*mean.result()]), mean.num_examples) == (before, num_examples)
+    mean.add("a silo", contribution(4, 7))
+    assert bits([*mean.result()]) == bits(folded([contribution(2, 3), contribution(4, 7)], 10))
 
 
 @pytest.mark.parametrize("entry", [LARGEST, -LARGEST])
@@ -264,8 +329,8 @@ def test_no_number_of_the_largest_updates_makes_the_sum_overflow(entry: float):
 
     def add_again_and_again() -> None:
         for _ in range(100):
-            mean.add(Contribution([np.array([entry])], 500))
-            assert next(mean.mean()).tolist() == [entry]
+            mean.add("a silo", Contribution([np.array([entry])], 500))
+            assert next(mean.result()).tolist() == [entry]
 
     with pytest.raises(ValueError, match="no more than the roll call lets expect"):
         add_again_and_again()
@@ -275,15 +340,17 @@ def test_no_number_of_the_largest_updates_makes_the_sum_overflow(entry: float):
 def test_all_that_were_expected_are_averaged():
     mean = RunningMean([np.zeros(1)], expected_examples=30)
     for i in range(30):
-        mean.add(Contribution([np.array([float(i)])], 1))
-    np.testing.assert_allclose(next(mean.mean()), [14.5], rtol=0.0, atol=2.0**-40)  # (0 + ... + 29) / 30
+        mean.add("a silo", Contribution([np.array([float(i)])], 1))
+    np.testing.assert_allclose(
+        next(mean.result()), [14.5], rtol=0.0, atol=2.0**-40
+    )  # (0 + ... + 29) / 30
 
 
 def test_a_mean_of_nothing_is_refused():
     with pytest.raises(ValueError, match="needs examples; received 0 in all"):
         RunningMean(GOOD, 0)
     with pytest.raises(ValueError, match="needs examples; received no update"):
-        RunningMean(GOOD, 10).mean()
+        RunningMean(GOOD, 10).result()
     with pytest.raises(ValueError, match="needs examples; received no update"):
         weighted_mean({})
     with pytest.raises(ValueError, match="needs examples; received 0 in all"):
@@ -292,8 +359,17 @@ def test_a_mean_of_nothing_is_refused():
 
 @pytest.mark.parametrize(
     ("refused", "message"),
-    [(with_entry(np.nan, 2), "must be finite"), (GOOD[:1], "must have the model's 3 arrays; received 1")],
+    [
+        (with_entry(np.nan, 2), "must be finite"),
+        (GOOD[:1], "must have the model's 3 arrays; received 1"),
+    ],
 )
 def test_the_silo_whose_update_cannot_be_averaged_is_named(refused: Weights, message: str):
     with pytest.raises(ValueError, match=f"silo 'bad': an update {message}"):
-        weighted_mean({"good": contribution(1, 5), "bad": Contribution(refused, 4), "late": contribution(2, 5)})
+        weighted_mean(
+            {
+                "good": contribution(1, 5),
+                "bad": Contribution(refused, 4),
+                "late": contribution(2, 5),
+            }
+        )

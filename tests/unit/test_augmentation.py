@@ -29,7 +29,9 @@ def test_images_are_mirrored_and_moved_as_the_slow_loop_says():
     rng = np.random.default_rng(0)
     images = rng.normal(size=(12, 16, 24, 2)).astype(np.float32)
     drawn = BOTH.draw(12, images.shape[1:], seed=1, owner="", epoch=0)
-    expected = np.stack([slow_augment(image, *each) for image, each in zip(images, drawn, strict=True)])
+    expected = np.stack(
+        [slow_augment(image, *each) for image, each in zip(images, drawn, strict=True)]
+    )
     np.testing.assert_array_equal(augment(images, drawn).numpy(), expected)
     assert len(np.unique(drawn, axis=0)) > 6
 
@@ -41,7 +43,9 @@ def test_draws_are_within_an_eighth_and_even():
         values, counts = np.unique(drawn[:, column], return_counts=True)
         assert values.tolist() == list(range(-most, most + 1))
         expected = 9000 / len(values)
-        assert ((counts - expected) ** 2 / expected).sum() < 30  # chi square of at most 6 degrees; 99.99 %: 28
+        assert (
+            (counts - expected) ** 2 / expected
+        ).sum() < 30  # chi square of at most 6 degrees; 99.99 %: 28
     nothing = Augmentation(flip=False, shift=True).draw(100, (16, 24, 1), 0, "", 0)
     assert not nothing[:, 0].any()
     assert not Augmentation(flip=True).draw(100, (16, 24, 1), 0, "", 0)[:, 1:].any()
@@ -74,7 +78,9 @@ def test_targets_and_weights_stay_as_they_are():
     dataset = load_dataset(DataSection(name="digits")).take(np.arange(40))
     dataset = replace(dataset, sample_weight=np.arange(40, dtype=np.float32))
     plain, augmented = EpochBatches(dataset, 16, 3), batches(dataset)
-    for (_, y, weight), (_, y_too, weight_too) in zip(plain.as_tf_dataset(), augmented.as_tf_dataset(), strict=True):
+    for (_, y, weight), (_, y_too, weight_too) in zip(
+        plain.as_tf_dataset(), augmented.as_tf_dataset(), strict=True
+    ):
         np.testing.assert_array_equal(y, y_too)
         np.testing.assert_array_equal(weight, weight_too)
 
@@ -84,5 +90,7 @@ def test_kinds_that_there_are_not_and_tables_are_refused():
     assert augmentation_of(DataSection(augmentation="shift,flip"), (8, 8, 1)) == BOTH
     with pytest.raises(ValueError, match="names some of flip, shift; received 'rotate'"):
         augmentation_of(DataSection(augmentation="flip, rotate"), (8, 8, 1))
-    with pytest.raises(ValueError, match=r"is for images \(height, width, channels\); received examples of \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"is for images \(height, width, channels\); received examples of \(4,\)"
+    ):
         augmentation_of(DataSection(augmentation="flip"), (4,))

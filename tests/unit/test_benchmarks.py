@@ -1,22 +1,20 @@
-"""The benchmarks' arithmetic: medians, ratios, goals, the JSON file; and how contenders are started and judged."""
+"""The benchmarks' arithmetic: medians, ratios, goals, the JSON file; and the distributed one."""
 
 import io
-import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import distributed, results, workloads
-from benchmarks.contest import ContenderError, Contest, Contestant, Launch, run_contest
+from benchmarks import distributed, environments, results, workloads
+from benchmarks.contest import Contest
 from benchmarks.results import Goal
-from shared.processes import ProcessGroup, child_environment
+from shared.processes import child_environment
 
 SAMPLES = {
     "dist_train": {"mlp": [30.0, 10.0, 26.0], "cnn": [4.0]},
@@ -44,11 +42,24 @@ def test_there_is_no_ratio_with_what_was_not_measured():
 
 @pytest.mark.parametrize(
     ("value", "comparison", "met"),
-    [(1.3, ">=", True), (1.2999, ">=", False), (1.3, "<=", True), (1.31, "<=", False), (None, ">=", False)],
+    [
+        (1.3, ">=", True),
+        (1.2999, ">=", False),
+        (1.3, "<=", True),
+        (1.31, "<=", False),
+        (None, ">=", False),
+    ],
 )
-def test_a_goal_is_met_at_its_bound_and_never_without_a_value(value: float | None, comparison: str, met: bool):
+def test_a_goal_is_met_at_its_bound_and_never_without_a_value(
+    value: float | None, comparison: str, met: bool
+):
     goal = Goal("speed", value, 1.3, comparison)  # type: ignore[arg-type]
-    assert goal.as_json() == {"name": "speed", "value": value, "goal": f"{comparison} 1.3", "met": met}
+    assert goal.as_json() == {
+        "name": "speed",
+        "value": value,
+        "goal": f"{comparison} 1.3",
+        "met": met,
+    }
 
 
 def test_there_are_goals_for_each_contender_and_model_with_the_agreed_bounds():
@@ -56,7 +67,12 @@ def test_there_are_goals_for_each_contender_and_model_with_the_agreed_bounds():
     goals = distributed.make_goals(nothing, {}, list(workloads.WORKLOADS))
     assert {goal.name: goal.bound for goal in goals} == {
         **{"vs_ddp_mlp": 1.0, "vs_ddp_cnn": 1.3, "vs_ddp_transformer": 1.0, "vs_ddp_dense": 1.3},
-        **{"vs_mwms_mlp": 1.3, "vs_mwms_cnn": 1.15, "vs_mwms_transformer": 1.1, "vs_mwms_dense": 1.9},
+        **{
+            "vs_mwms_mlp": 1.3,
+            "vs_mwms_cnn": 1.15,
+            "vs_mwms_transformer": 1.1,
+            "vs_mwms_dense": 1.9,
+        },
         **{f"vs_bare_horovod_{model}": 1.0 for model in workloads.WORKLOADS},
     }
     assert not any(goal.met for goal in goals)
@@ -73,7 +89,10 @@ def test_goals_compare_ours_with_the_other():
 
 
 def test_a_contender_that_failed_has_no_value_though_it_has_samples():
-    goals = {goal.name: goal for goal in distributed.make_goals(SAMPLES, {"torch_ddp": "crashed"}, ["mlp"])}
+    goals = {
+        goal.name: goal
+        for goal in distributed.make_goals(SAMPLES, {"torch_ddp": "crashed"}, ["mlp"])
+    }
     assert goals["vs_ddp_mlp"].value is None
     assert goals["vs_mwms_mlp"].value is not None
     without_ours = distributed.make_goals(SAMPLES, {"dist_train": "crashed"}, ["mlp"])
@@ -91,7 +110,9 @@ def test_what_was_not_asked_for_has_no_goal():
 def test_the_file_holds_machine_samples_goals_and_failures(tmp_path: Path):
     path = tmp_path / "new" / "file.json"
     goals = [Goal("vs_ddp_mlp", 2.0, 1.0), Goal("vs_mwms_mlp", None, 1.15)]
-    results.write_results(path, {"cores": 2}, SAMPLES, goals, {"mwms": "rank 1 ended with status 1"})
+    results.write_results(
+        path, {"cores": 2}, SAMPLES, goals, {"mwms": "rank 1 ended with status 1"}
+    )
     assert json.loads(path.read_text()) == {
         "machine": {"cores": 2},
         "samples": SAMPLES,
@@ -121,7 +142,9 @@ def test_the_machine_is_described():
 def test_tables_show_all_figures_and_what_is_missing():
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(results.medians_table(results.medians(SAMPLES), ["mlp", "cnn"], "Samples/s"))
-    console.print(results.goals_table([Goal("vs_ddp_mlp", 2.0, 1.0), Goal("vs_mwms_mlp", None, 1.15)]))
+    console.print(
+        results.goals_table([Goal("vs_ddp_mlp", 2.0, 1.0), Goal("vs_mwms_mlp", None, 1.15)])
+    )
     rows = [line.split() for line in console.export_text().replace("│", " ").splitlines()]
     assert ["mwms", "21", "-"] in rows
     assert ["vs_ddp_mlp", "2.000", ">=", "1.0", "yes"] in rows
@@ -131,8 +154,12 @@ def test_tables_show_all_figures_and_what_is_missing():
 # --- the workloads
 
 
-@pytest.mark.parametrize("workload", workloads.WORKLOADS.values(), ids=lambda workload: workload.name)
-def test_a_model_has_the_parameters_it_is_said_to_have_and_fits_its_data(workload: workloads.Workload):
+@pytest.mark.parametrize(
+    "workload", workloads.WORKLOADS.values(), ids=lambda workload: workload.name
+)
+def test_a_model_has_the_parameters_it_is_said_to_have_and_fits_its_data(
+    workload: workloads.Workload,
+):
     model = workloads.keras_model(workload)
     x, y = workloads.examples(workload, 2, rank=0)
     assert model.count_params() == workload.num_parameters
@@ -183,13 +210,27 @@ def test_ranks_whose_weights_differ_are_noticed():
 
 
 def test_torch_sees_the_workloads_without_keras():
-    program = "import sys, benchmarks.workloads; sys.exit(bool({'keras', 'tensorflow', 'horovod'} & set(sys.modules)))"
+    program = (
+        "import sys, benchmarks.workloads; sys.exit(bool({'keras', 'tensorflow', 'horovod'} &"
+        " set(sys.modules)))"
+    )
     root = str(distributed.ROOT)
-    assert subprocess.run([sys.executable, "-c", program], env=child_environment(PYTHONPATH=root)).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], env=child_environment(PYTHONPATH=root)
+        ).returncode
+        == 0
+    )
 
 
 def test_settings_of_the_shell_reach_no_contender(monkeypatch: pytest.MonkeyPatch):
-    for name in ("HOROVOD_CYCLE_TIME", "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "LOCAL_RANK", "TORCH_X"):
+    for name in (
+        "HOROVOD_CYCLE_TIME",
+        "OMP_NUM_THREADS",
+        "TF_NUM_INTRAOP_THREADS",
+        "LOCAL_RANK",
+        "TORCH_X",
+    ):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("HOME_OF_TF", "stays")
     found = distributed.environment({"RANK": "1"})
@@ -197,97 +238,19 @@ def test_settings_of_the_shell_reach_no_contender(monkeypatch: pytest.MonkeyPatc
     assert (found["HOME_OF_TF"], found["RANK"]) == ("stays", "1")
 
 
-# A contender of one process, which notes when it ran.
-CONTENDER = """
-import sys, time, pathlib
-from benchmarks.turns import Turns
-folder, models, slices, fails_at = pathlib.Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4]
-turns = Turns(folder, slices, True, float)
-for model in models:
-    for i in range(slices):
-        turns.begin()
-        started = time.monotonic()
-        while time.monotonic() < started + 0.1:
-            (folder / "ticks").open("a").write(f"{time.monotonic()} ")
-            time.sleep(0.005)
-        if fails_at == f"{model}{i}":
-            sys.exit(3)
-        turns.report(model, 100.0 * i + len(model))
-"""
-TICKER = (
-    "import sys, time\nwhile True: open(sys.argv[1] + '/ticks', 'a').write(f'{time.monotonic()} '); time.sleep(0.005)"
-)
-
-
-def launches(models: str, num_slices: int, fails_at: str = "") -> Callable[[Path], list[Launch]]:
-    environment = child_environment(PYTHONPATH=str(distributed.ROOT))
-    return lambda folder: [
-        Launch([sys.executable, "-c", CONTENDER, folder, models, str(num_slices), fails_at], environment)
-    ]
-
-
-def test_contenders_take_turns_and_none_runs_beside_another(tmp_path: Path):
-    told: list[str] = []
-    both = {"a": launches("x,yy", 3), "b": launches("x,yy", 3)}
-    found = run_contest(both, ["x", "yy"], 3, tmp_path, told.append)
-    figures = {"x": [1.0, 101.0, 201.0], "yy": [2.0, 102.0, 202.0]}
-    assert found.samples == {"a": figures, "b": figures}
-    assert found.failures == {}
-    ticks = sorted((float(at), name) for name in both for at in (tmp_path / name / "ticks").read_text().split())
-    handovers = "".join(name for name, _ in itertools.groupby(name for _, name in ticks))
-    assert handovers == "abababab"  # ab, then b begins, and so on: turns of the same contender are one group
-
-
-def test_a_contender_is_stopped_between_its_turns(tmp_path: Path):
-    """Also processes of its own that would go on in the meantime, as Horovod's threads do."""
-
-    def restless(folder: Path) -> list[Launch]:
-        (starter,) = launches("x", 2)(folder)
-        wait = "import os, time\nwhile not os.path.exists(sys.argv[1] + '/ticks'): time.sleep(0.01)\n"
-        ticker = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {TICKER!r}, sys.argv[1]])\n"
-        program = ticker + wait + CONTENDER
-        return [Launch([sys.executable, "-c", program, *starter.command[3:]], starter.environment)]
-
-    with ProcessGroup() as group:
-        contestant = Contestant("a", group, tmp_path)
-        contestant.start(restless(tmp_path))
-        time.sleep(0.1)
-        before = (tmp_path / "ticks").read_text()
-        time.sleep(0.3)
-        assert (tmp_path / "ticks").read_text() == before
-        assert contestant.turn() == [("x", 1.0)]
-        assert (tmp_path / "ticks").read_text() != before
-        contestant.resume()
-
-
-def test_a_contender_that_fails_is_named_and_has_no_further_turns(tmp_path: Path):
-    told: list[str] = []
-    found = run_contest({"a": launches("x", 3), "b": launches("x", 3, fails_at="x1")}, ["x"], 3, tmp_path, told.append)
-    assert found.samples == {"a": {"x": [1.0, 101.0, 201.0]}, "b": {"x": [1.0]}}
-    assert found.failures == {"b": f"b rank 0 ended with status 3: see {tmp_path}/b/*.log"}
-    assert f"b FAILED: {found.failures['b']}" in told
-
-
-def test_a_contender_that_cannot_be_started_is_named(tmp_path: Path):
-    def broken(folder: Path) -> list[Launch]:
-        raise ContenderError("PyTorch could not be installed")
-
-    found = run_contest({"a": broken, "b": launches("x", 1)}, ["x"], 1, tmp_path, lambda line: None)
-    assert found.failures == {"a": "PyTorch could not be installed"}
-    assert found.samples == {"a": {}, "b": {"x": [1.0]}}
-
-
 def test_pins_are_met_by_the_same_versions_whatever_their_local_part():
-    pins = distributed.read_pins((distributed.ROOT / "requirements" / "benchmark.txt").read_text())
+    pins = environments.read_pins((distributed.ROOT / "requirements" / "benchmark.txt").read_text())
     assert set(pins) == {"torch", "numpy"}
     python = Path(sys.executable)
-    assert distributed.has_packages(python, {"numpy": np.__version__})
-    assert not distributed.has_packages(python, {"numpy": "0.1"})
-    assert not distributed.has_packages(python, {"no-such-package": "1"})
-    assert not distributed.has_packages(python / "missing", {"numpy": np.__version__})
+    assert environments.has_packages(python, {"numpy": np.__version__})
+    assert not environments.has_packages(python, {"numpy": "0.1"})
+    assert not environments.has_packages(python, {"no-such-package": "1"})
+    assert not environments.has_packages(python / "missing", {"numpy": np.__version__})
 
 
-def test_the_run_ends_with_0_whether_or_not_goals_are_met(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_run_ends_with_0_whether_or_not_goals_are_met(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     contest = Contest([], print)
     contest.samples, contest.failures = SAMPLES, {"mwms": "crashed"}  # type: ignore[assignment]
     monkeypatch.setattr(distributed, "run_contest", lambda *_: contest)

@@ -1,4 +1,4 @@
-"""The set-up program: what it refuses, when it does nothing, and what it does to Horovod. No network, no builds."""
+"""The set-up program: its refusals, its second call, its fixes of Horovod. No network."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ ROOT = Path(bootstrap.__file__).parents[1]
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project of its own: this one's set-up program and requirement files, and a pyproject.toml."""
+    """A project with this one's set-up program and requirement files, and a pyproject.toml."""
     project = tmp_path / "project"
     shutil.copytree(ROOT / "requirements", project / "requirements")
     (project / "tools").mkdir()
@@ -36,11 +36,18 @@ def make_environment(setup: bootstrap.Setup, num_done: int = len(bootstrap.STAGE
     bootstrap.write_stamp(setup, num_done)
 
 
-def run_program(project: Path, *arguments: str, programs: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_program(
+    project: Path, *arguments: str, programs: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs the program with nothing on PATH, or only `programs`, and a cache of its own."""
-    environment = {"PATH": str(programs or project / "nothing"), "XDG_CACHE_HOME": str(project / "cache")}
+    environment = {
+        "PATH": str(programs or project / "nothing"),
+        "XDG_CACHE_HOME": str(project / "cache"),
+    }
     command = [sys.executable, "-B", str(project / "tools" / "bootstrap.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def all_files(folder: Path) -> dict[str, float]:
@@ -64,7 +71,9 @@ def test_another_python_is_refused_in_one_sentence(version: tuple[int, int, int]
     with pytest.raises(bootstrap.SetupError) as refusal:
         bootstrap.check_python(version, "/some/python")
     sentence = str(refusal.value)
-    assert sentence.startswith("Archipelago needs Python 3.11 or 3.12; received {}.{}.{} ".format(*version))
+    assert sentence.startswith(
+        "Archipelago needs Python 3.11 or 3.12; received {}.{}.{} ".format(*version)
+    )
     assert "apt-get install python3.11" in sentence
     assert "make setup PYTHON=" in sentence
     assert "\n" not in sentence
@@ -109,7 +118,9 @@ def test_each_change_makes_only_what_depends_on_it_stale(project: Path) -> None:
 
 
 @pytest.mark.parametrize("num_done", [0, 1, 2])
-def test_an_interrupted_set_up_goes_on_from_the_last_stage_done(project: Path, num_done: int) -> None:
+def test_an_interrupted_set_up_goes_on_from_the_last_stage_done(
+    project: Path, num_done: int
+) -> None:
     setup = wanted(project, mpi=True)
     make_environment(setup, num_done)
     assert stages_done(setup) == list(bootstrap.STAGES[:num_done])
@@ -139,7 +150,9 @@ def test_a_missing_compiler_is_found_before_anything_else(project: Path) -> None
     before = all_files(project)
     done = run_program(project)
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .* needs a C\+\+ compiler.*`apt-get install g\+\+`\.\n", done.stderr)
+    assert re.fullmatch(
+        r"error: .* needs a C\+\+ compiler.*`apt-get install g\+\+`\.\n", done.stderr
+    )
     assert done.stdout == ""
     assert all_files(project) == before
 
@@ -148,7 +161,9 @@ def test_a_missing_compiler_is_found_before_anything_else(project: Path) -> None
     ("present", "option", "packages"),
     [(["c++"], "--no-mpi", "make"), (["c++", "make"], "--mpi", "libopenmpi-dev openmpi-bin")],
 )
-def test_other_missing_build_tools(project: Path, present: list[str], option: str, packages: str) -> None:
+def test_other_missing_build_tools(
+    project: Path, present: list[str], option: str, packages: str
+) -> None:
     programs = project / "programs"
     programs.mkdir()
     for name in present:
@@ -181,7 +196,8 @@ def test_wheels_are_kept_apart_by_all_that_changes_a_build(project: Path) -> Non
     folder = bootstrap.wheel_folder(wanted(project))
     assert folder not in folders
     assert {"tensorflow-cpu-2.99.0", "horovod-0.28.1"} <= set(folder.name.split("_"))
-    (project / "requirements" / "common.txt").write_text("keras==1.0\n")  # does not change the build
+    common = project / "requirements" / "common.txt"  # does not change the build
+    common.write_text("keras==1.0\n")
     assert bootstrap.wheel_folder(wanted(project)) == folder
 
 
@@ -195,26 +211,39 @@ def test_a_mend_changes_the_one_place_and_nothing_else(tmp_path: Path) -> None:
     for num_found, text in enumerate(["none\n", "  bad();\n", "  bad();\n  bad();\n"]):
         if num_found != 1:
             file.write_text(text)
-            with pytest.raises(bootstrap.SetupError, match=f"exactly one 'bad\\(\\);'; received {num_found}: pin"):
+            with pytest.raises(
+                bootstrap.SetupError, match=f"exactly one 'bad\\(\\);'; received {num_found}: pin"
+            ):
                 bootstrap.mend(tmp_path, [change])
     file.unlink()
     with pytest.raises(bootstrap.SetupError, match="received 0"):
         bootstrap.mend(tmp_path, [change])
 
 
-def test_another_mend_is_another_wheel_and_another_environment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_mend_is_another_wheel_and_another_environment(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup = wanted(project)
     folder, hashes = bootstrap.wheel_folder(setup), bootstrap.hashes(setup)
     monkeypatch.setattr(bootstrap, "MENDS", bootstrap.MENDS[:1])
     assert bootstrap.wheel_folder(setup) != folder
-    assert [stage for stage in bootstrap.STAGES if bootstrap.hashes(setup)[stage] != hashes[stage]] == [
+    assert [
+        stage for stage in bootstrap.STAGES if bootstrap.hashes(setup)[stage] != hashes[stage]
+    ] == [
         "horovod",
         "project",
     ]
 
 
-def test_the_build_sees_only_its_own_options(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outside = ("HOROVOD_WITHOUT_GLOO", "HOROVOD_WITH_PYTORCH", "HOROVOD_GPU_OPERATIONS", "PYTHONDONTWRITEBYTECODE")
+def test_the_build_sees_only_its_own_options(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = (
+        "HOROVOD_WITHOUT_GLOO",
+        "HOROVOD_WITH_PYTORCH",
+        "HOROVOD_GPU_OPERATIONS",
+        "PYTHONDONTWRITEBYTECODE",
+    )
     for name in (*outside, "MAKEFLAGS", "HOROVOD_NCCL_HOME"):
         monkeypatch.setenv(name, "from outside")
     environment = bootstrap.build_environment(wanted(project))
@@ -231,7 +260,11 @@ def test_a_failing_command_shows_why_and_its_last_lines_and_keeps_all(
 ) -> None:
     setup = wanted(project)
     setup.venv.mkdir()
-    command = [sys.executable, "-c", "print('Error: why'); [print('line', n) for n in range(99)]; raise SystemExit(3)"]
+    command = [
+        sys.executable,
+        "-c",
+        "print('Error: why'); [print('line', n) for n in range(99)]; raise SystemExit(3)",
+    ]
     with pytest.raises(bootstrap.SetupError, match="the remedy"):
         bootstrap.run(setup, command, "the remedy")
     last_15 = [f"line {number}" for number in range(84, 99)]

@@ -12,7 +12,10 @@ EXPERIMENT = experiment_from_flat({"seed": 3})
 
 
 def checkpoint(meta: object = 7) -> Checkpoint:
-    """Dtypes and shapes as in models and optimizers; more than ten arrays, whose numbers sort as 1, 10, 2 in text."""
+    """Dtypes and shapes as in models and optimizers.
+
+    More than ten arrays, whose numbers sort as 1, 10, 2 in text.
+    """
     rng = np.random.default_rng(0)
     arrays = {
         "model": [
@@ -22,7 +25,11 @@ def checkpoint(meta: object = 7) -> Checkpoint:
             np.zeros((0, 4), np.float16),
             np.asfortranarray(rng.normal(size=(4, 3))),
         ],
-        "optimizer": [np.array(2**62 + 1, dtype=np.int64), *(np.float32([i]) for i in range(11)), np.array(True)],
+        "optimizer": [
+            np.array(2**62 + 1, dtype=np.int64),
+            *(np.float32([i]) for i in range(11)),
+            np.array(True),
+        ],
     }
     return Checkpoint(arrays, {"epoch": meta, "best_loss": 0.1, "stopped": False})
 
@@ -35,7 +42,9 @@ def path(tmp_path: Path) -> Path:
 def test_the_checkpoint_of_another_runtime_is_refused(path: Path):
     save_checkpoint(path, EXPERIMENT, checkpoint())
     load_checkpoint(path, EXPERIMENT, "model", "optimizer")
-    with pytest.raises(ValueError, match=r"another runtime: it holds \['model', 'optimizer'\].*Resume it with"):
+    with pytest.raises(
+        ValueError, match=r"another runtime: it holds \['model', 'optimizer'\].*Resume it with"
+    ):
         load_checkpoint(path, EXPERIMENT, "weights")
     with pytest.raises(ValueError, match=r"another runtime: .*\['model', 'weights'\] are needed"):
         load_checkpoint(path, EXPERIMENT, "model", "weights")
@@ -53,7 +62,11 @@ def test_arrays_and_metadata_come_back_bit_by_bit(path: Path):
     assert set(loaded.arrays) == set(checkpoint().arrays)
     for name, arrays in checkpoint().arrays.items():
         for saved, array in zip(arrays, loaded.arrays[name], strict=True):
-            assert (array.dtype, array.shape, array.tobytes()) == (saved.dtype, saved.shape, saved.tobytes())
+            assert (array.dtype, array.shape, array.tobytes()) == (
+                saved.dtype,
+                saved.shape,
+                saved.tobytes(),
+            )
 
 
 def test_infinity_comes_back(path: Path):  # the best loss of a run without validation
@@ -72,10 +85,15 @@ def test_saving_replaces_the_old_checkpoint_and_leaves_nothing_else(path: Path):
     ("broken", "error"),
     [
         (checkpoint(meta=object()), TypeError),  # fails before a byte is written
-        (Checkpoint({"model": [np.ones(1000), np.array([None])]}, {}), ValueError),  # fails after the first array
+        (
+            Checkpoint({"model": [np.ones(1000), np.array([None])]}, {}),
+            ValueError,
+        ),  # fails after the first array
     ],
 )
-def test_a_write_that_fails_leaves_the_old_checkpoint(path: Path, broken: Checkpoint, error: type[Exception]):
+def test_a_write_that_fails_leaves_the_old_checkpoint(
+    path: Path, broken: Checkpoint, error: type[Exception]
+):
     save_checkpoint(path, EXPERIMENT, checkpoint(meta=1))
     with pytest.raises(error):
         save_checkpoint(path, EXPERIMENT, broken)
@@ -83,7 +101,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(path: Path, broken: Checkp
 
 
 def test_the_file_is_never_there_in_part(path: Path, monkeypatch: pytest.MonkeyPatch):
-    """When the new file takes its name, all of it is on disk already."""
+    """The new file is whole when it takes its name."""
     sizes = []
     replace = Path.replace
 
@@ -100,7 +118,9 @@ def test_more_epochs_or_rounds_and_another_speed_may_resume(path: Path):
     save_checkpoint(path, EXPERIMENT, checkpoint())
     longer = {"training.epochs": 99, "federation.num_rounds": 99, "federation.silo_timeout_s": 1.0}
     longer |= {"federation.round_timeout_s": 1.0, "federation.cross_site_evaluation": True}
-    other = experiment_from_flat({"seed": 3, "name": "b", "performance.steps_per_execution": 5, **longer})
+    other = experiment_from_flat(
+        {"seed": 3, "name": "b", "performance.steps_per_execution": 5, **longer}
+    )
     assert load_checkpoint(path, other).meta["epoch"] == 7
 
 
@@ -109,13 +129,19 @@ def test_another_experiment_is_refused_and_the_keys_that_differ_are_named(path: 
     other = experiment_from_flat({"seed": 4, "optimizer.learning_rate": 0.5, "training.epochs": 99})
     with pytest.raises(ValueError, match="belongs to another experiment") as caught:
         load_checkpoint(path, other)
-    assert "seed is 4 here and 3 there; optimizer.learning_rate is 0.5 here and 0.001 there." in str(caught.value)
+    assert (
+        "seed is 4 here and 3 there; optimizer.learning_rate is 0.5 here and 0.001 there."
+        in str(caught.value)
+    )
     assert "training.epochs" not in str(caught.value)
     assert "Resume with the experiment.toml that lies beside it" in str(caught.value)
 
 
 def test_a_missing_checkpoint_is_refused(path: Path):
-    with pytest.raises(ValueError, match=rf"Nothing to resume: there is no checkpoint at {path}.*Run without resume"):
+    with pytest.raises(
+        ValueError,
+        match=rf"Nothing to resume: there is no checkpoint at {path}.*Run without resume",
+    ):
         load_checkpoint(path, EXPERIMENT)
 
 
@@ -124,7 +150,9 @@ def test_a_damaged_file_is_refused_wherever_it_is_cut(path: Path):
     whole = path.read_bytes()
     for size in (0, 1, 20, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"not a readable checkpoint .*Delete the run directory"):
+        with pytest.raises(
+            ValueError, match=r"not a readable checkpoint .*Delete the run directory"
+        ):
             load_checkpoint(path, EXPERIMENT)
 
 
@@ -138,10 +166,35 @@ def test_a_flipped_byte_in_an_array_is_found(path: Path):
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(path: Path):
-    for content in (b"garbage", b"\x80\x04K\x01."):  # the second is a pickle, which must never be opened
+    for content in (
+        b"garbage",
+        b"\x80\x04K\x01.",
+    ):  # the second is a pickle, which must never be opened
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not a readable checkpoint"):
             load_checkpoint(path, Experiment())
     np.savez(path, x=np.ones(3))
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_checkpoint(path, Experiment())
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"arr_0": np.zeros(3)}, "header"),  # as numpy.savez writes arrays without names
+        ({"header": b"{}", "arr_0": np.zeros(3)}, "another kind"),
+        ({"header": b"[1]"}, "another kind"),
+        ({"header": b'{"experiment": 3, "meta": {}}'}, "another kind"),
+        ({"header": b'{"experiment": {}, "meta": {}}', "arr_0": np.zeros(3)}, "'arr_0'"),
+        ({"header": b'{"experiment": {}, "meta": {}}', "model/x": np.zeros(3)}, "'model/x'"),
+        ({"header": b'{"experiment": {}, "meta": {}}', "/0": np.zeros(3)}, "'/0'"),
+    ],
+)
+def test_a_foreign_npz_is_refused(path: Path, members: dict, reason: str):
+    arrays = {
+        name: np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
+        for name, value in members.items()
+    }
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=f"not a readable checkpoint .*{reason}.*Delete the run"):
+        load_checkpoint(path, EXPERIMENT, "model")

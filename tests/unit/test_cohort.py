@@ -2,14 +2,20 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fl_app.aggregation import Contribution, RunningMean
-from fl_app.cohort import Failure, FederationError, Replies, Reply, collect, draw_cohort
-from fl_app.local_training import LocalResult, SiloEntry
+from fl_app.aggregation.aggregator import Contribution
+from fl_app.aggregation.mean import RunningMean
+from fl_app.exchange import Roster
+from fl_app.failures import Failure, FederationError
+from fl_app.messages import LocalResult, Reply, SiloEntry
+from fl_app.protocols.plain import collect
+from fl_app.protocols.protocol import RoundReport
+from fl_app.server.cohort import draw_cohort, quorum_of
 from shared.data import Schema
 from shared.experiment import Experiment, experiment_from_flat
 from shared.weights import Weights, weights_sha256
@@ -19,9 +25,18 @@ from tests.local_exchange import configure, final_weights, initial_weights, rows
 NAMES = [f"silo-{i}" for i in range(7)]
 
 
-def cohort_config(size: int, seed: int = 0, over_selection: int = 0, min_replies: int = 0) -> Experiment:
-    federation = {"cohort_size": size, "over_selection": over_selection, "min_replies": min_replies, "min_silos": 7}
-    return experiment_from_flat({"seed": seed} | {f"federation.{key}": value for key, value in federation.items()})
+def cohort_config(
+    size: int, seed: int = 0, over_selection: int = 0, min_replies: int = 0
+) -> Experiment:
+    federation = {
+        "cohort_size": size,
+        "over_selection": over_selection,
+        "min_replies": min_replies,
+        "min_silos": 7,
+    }
+    return experiment_from_flat(
+        {"seed": seed} | {f"federation.{key}": value for key, value in federation.items()}
+    )
 
 
 # --- cohorts
@@ -30,23 +45,37 @@ def cohort_config(size: int, seed: int = 0, over_selection: int = 0, min_replies
 @pytest.mark.parametrize("size", [0, 1, 3, 7])
 def test_a_cohort_is_so_many_different_silos_whatever_the_order_of_their_names(size: int):
     for round_number in range(1, 20):
-        cohort = draw_cohort(cohort_config(size), NAMES, round_number)
+        cohort = draw_cohort(cohort_config(size), NAMES, NAMES, round_number)
         assert len(cohort) == len(set(cohort)) == (size or 7)
         assert set(cohort) <= set(NAMES)
-        assert cohort == sorted(cohort) == draw_cohort(cohort_config(size), NAMES[::-1], round_number)
+        assert (
+            cohort
+            == sorted(cohort)
+            == draw_cohort(cohort_config(size), NAMES[::-1], NAMES, round_number)
+        )
 
 
-@pytest.mark.parametrize(("size", "over_selection", "drawn"), [(1, 1, 2), (3, 2, 5), (5, 2, 7), (5, 9, 7), (7, 1, 7)])
-def test_over_selection_draws_so_many_more_as_far_as_there_are(size: int, over_selection: int, drawn: int):
+@pytest.mark.parametrize(
+    ("size", "over_selection", "drawn"), [(1, 1, 2), (3, 2, 5), (5, 2, 7), (5, 9, 7), (7, 1, 7)]
+)
+def test_over_selection_draws_so_many_more_as_far_as_there_are(
+    size: int, over_selection: int, drawn: int
+):
     for round_number in range(1, 20):
-        cohort = draw_cohort(cohort_config(size, over_selection=over_selection), NAMES, round_number)
+        cohort = draw_cohort(
+            cohort_config(size, over_selection=over_selection), NAMES, NAMES, round_number
+        )
         assert len(cohort) == len(set(cohort)) == drawn
         assert cohort == sorted(cohort)
 
 
 def test_cohorts_differ_by_round_and_by_seed():
     drawn = {
-        (seed, tuple(tuple(draw_cohort(cohort_config(3, seed), NAMES, r)) for r in range(1, 6))) for seed in range(3)
+        (
+            seed,
+            tuple(tuple(draw_cohort(cohort_config(3, seed), NAMES, NAMES, r)) for r in range(1, 6)),
+        )
+        for seed in range(3)
     }
     assert len({cohorts for _, cohorts in drawn}) == 3
     assert all(len(set(cohorts)) > 1 for _, cohorts in drawn)
@@ -54,21 +83,73 @@ def test_cohorts_differ_by_round_and_by_seed():
 
 def test_every_silo_is_drawn_equally_often():
     rounds = 700
-    drawn = [name for r in range(rounds) for name in draw_cohort(cohort_config(3), NAMES, r)]
+    drawn = [name for r in range(rounds) for name in draw_cohort(cohort_config(3), NAMES, NAMES, r)]
     counts = [drawn.count(name) for name in NAMES]
-    # binomial: mean 700 * 3/7 = 300, standard deviation sqrt(700 * 3/7 * 4/7) = 13; 4 of them are 52
+    # binomial: mean 700 * 3/7 = 300, standard deviation sqrt(700 * 3/7 * 4/7) = 13; 4 of them are
+    # 52
     assert max(abs(count - 300) for count in counts) < 52
     assert sum(counts) == 3 * rounds
+
+
+@pytest.mark.parametrize(
+    ("size", "over_selection", "connected"),
+    [(3, 0, NAMES[:4]), (3, 1, NAMES[2:]), (3, 0, NAMES[4:]), (5, 1, NAMES[:2]), (3, 0, [])],
+)
+def test_silos_that_are_gone_are_drawn_only_if_too_few_others_are_there(
+    size: int, over_selection: int, connected: list[str]
+):
+    config = cohort_config(size, over_selection=over_selection)
+    drawn_once: set[str] = set()
+    for round_number in range(1, 50):
+        cohort = draw_cohort(config, NAMES, connected, round_number)
+        assert len(cohort) == len(set(cohort)) == size + over_selection
+        num_present = len(set(cohort) & set(connected))
+        assert num_present == min(len(connected), size + over_selection)
+        drawn_once.update(cohort)
+    is_enough = len(connected) >= size + over_selection
+    assert drawn_once == set(connected if is_enough else NAMES)
+
+
+def test_all_silos_are_asked_where_none_are_drawn_whoever_is_gone():
+    assert draw_cohort(cohort_config(0), NAMES, NAMES[:2], 1) == NAMES
+
+
+class WithoutSilo2(Arithmetic):
+    """Silo 2 goes after the roll call."""
+
+    def silos(self) -> Roster:
+        roster = super().silos()
+        if not self.seen:
+            return roster
+        return Roster({name: e for name, e in roster.entries.items() if name != "silo-2"})
+
+
+def test_a_round_is_not_lost_to_a_silo_that_is_gone(tmp_path: Path):
+    experiment = configure(
+        tmp_path,
+        {
+            "federation.cohort_size": 1,
+            "federation.min_silos": 3,
+            "federation.num_rounds": 12,
+            "federation.evaluate_on_silos": False,
+        },
+    )
+    run(experiment, WithoutSilo2())
+    cohorts = [row["cohort"] for row in rows_without_times(experiment)[1:]]
+    assert {name for cohort in cohorts[1:] for name in cohort} == {"silo-0", "silo-1"}
 
 
 def test_only_the_cohort_trains(tmp_path: Path):
     experiment = configure(tmp_path, {"federation.cohort_size": 1, "federation.min_silos": 3})
     run(experiment, Arithmetic())
     cohorts = [row["cohort"] for row in rows_without_times(experiment)[1:]]
-    assert cohorts == [draw_cohort(experiment, ["silo-0", "silo-1", "silo-2"], r) for r in (1, 2, 3)]
+    silos = ["silo-0", "silo-1", "silo-2"]
+    assert cohorts == [draw_cohort(experiment, silos, silos, r) for r in (1, 2, 3)]
     numbers = [int(cohort[0].removeprefix("silo-")) for cohort in cohorts]
     moved = final_weights(experiment)[1] - initial_weights(experiment)[1]
-    np.testing.assert_allclose(moved, sum((i + 1) * r for r, i in enumerate(numbers, start=1)), rtol=1e-6)
+    np.testing.assert_allclose(
+        moved, sum((i + 1) * r for r, i in enumerate(numbers, start=1)), rtol=1e-6
+    )
 
 
 # --- replies: silo i holds i + 1 examples
@@ -92,12 +173,30 @@ def mean_of(*numbers: int, asked: int) -> str:
     """Of what these silos sent; the first `asked` were to send something."""
     mean = RunningMean(LIKE, sum(range(1, asked + 1)))
     for i in numbers:
-        mean.add(Contribution(good(i).update, i + 1))
-    return weights_sha256([*mean.mean()])
+        mean.add(NAMES[i], Contribution(good(i).update, i + 1))
+    return weights_sha256([*mean.result()])
 
 
-def collected(replies: Iterable[Reply], cohort: Sequence[str], experiment: Experiment) -> Replies:
-    return collect(replies, list(cohort), ENTRIES, LIKE, experiment)
+@dataclass
+class Collected:
+    """A round's report, and the mean that its updates are in."""
+
+    report: RoundReport
+    mean: RunningMean
+
+    @property
+    def results(self) -> dict[str, LocalResult]:
+        return self.report.results
+
+    @property
+    def failures(self) -> dict[str, Failure]:
+        return self.report.failures
+
+
+def collected(replies: Iterable[Reply], cohort: list[str], experiment: Experiment) -> Collected:
+    mean = RunningMean(LIKE, sum(ENTRIES[name].num_examples for name in cohort))
+    quorum = quorum_of(experiment.federation, len(cohort))
+    return Collected(collect(replies, mean, quorum, len(cohort)), mean)
 
 
 class Stream:
@@ -109,7 +208,7 @@ class Stream:
     def __iter__(self) -> Iterator[Reply]:
         for name, reply in zip(self.names, self.replies, strict=False):
             self.num_taken += 1
-            yield name, reply
+            yield name, reply if isinstance(reply, Failure) else reply.to_answer()
         self.was_exhausted = True
 
 
@@ -121,15 +220,16 @@ def test_results_are_kept_by_name_without_their_updates_which_are_in_the_mean():
     assert list(found.results) == NAMES[:3]
     for i, result in enumerate(found.results.values()):
         assert result == LocalResult(i + 1, 5, {"loss": 0.5 * i}, {"loss": 0.25 * i}, [], 1.5 * i)
-    assert weights_sha256([*found.mean.mean()]) == mean_of(0, 1, 2, asked=3)
-    assert found.bytes_received == 3 * 4 * (6 + 2)
+    assert weights_sha256([*found.mean.result()]) == mean_of(0, 1, 2, asked=3)
     assert found.failures == {}
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
 def test_the_mean_of_the_replies_is_bit_equal_for_every_order_of_arrival(order: tuple[int, ...]):
     stream = Stream(*(good(i) for i in order), names=[NAMES[i] for i in order])
-    assert weights_sha256([*collected(stream, NAMES[:3], cohort_config(0)).mean.mean()]) == mean_of(0, 1, 2, asked=3)
+    assert weights_sha256(
+        [*collected(stream, NAMES[:3], cohort_config(0)).mean.result()]
+    ) == mean_of(0, 1, 2, asked=3)
 
 
 def test_the_first_results_that_a_cohort_needs_end_the_round_and_the_rest_are_not_waited_for():
@@ -137,7 +237,7 @@ def test_the_first_results_that_a_cohort_needs_end_the_round_and_the_rest_are_no
     found = collected(stream, NAMES[:5], cohort_config(2, over_selection=3))
     assert (list(found.results), list(found.failures)) == (["silo-0", "silo-2"], ["silo-1"])
     assert stream.num_taken == 3
-    assert weights_sha256([*found.mean.mean()]) == mean_of(0, 2, asked=5)
+    assert weights_sha256([*found.mean.result()]) == mean_of(0, 2, asked=5)
 
 
 def test_without_over_selection_all_are_waited_for_even_if_fewer_would_do():
@@ -157,7 +257,11 @@ def test_the_round_ends_in_an_error_as_soon_as_too_few_can_be_left(
     with pytest.raises(
         FederationError, match=rf"needs {needed} results \(federation\.min_replies\) of 4 silos"
     ) as told:
-        collected(stream, NAMES[:asked], cohort_config(size, over_selection=over_selection, min_replies=min_replies))
+        collected(
+            stream,
+            NAMES[:asked],
+            cohort_config(size, over_selection=over_selection, min_replies=min_replies),
+        )
     assert stream.num_taken == asked - needed + 1
     for name in NAMES[: stream.num_taken]:
         assert f"silo '{name}': it is no longer connected" in str(told.value)
@@ -165,7 +269,10 @@ def test_the_round_ends_in_an_error_as_soon_as_too_few_can_be_left(
 
 
 def test_replies_that_end_too_early_are_an_error():
-    with pytest.raises(FederationError, match=r"needs 3 results .* of 3 silos; received 2\. The others did not answer"):
+    with pytest.raises(
+        FederationError,
+        match=r"needs 3 results .* of 3 silos; received 2\. The others did not answer",
+    ):
         collected(Stream(good(0), good(1)), NAMES[:3], cohort_config(0))
     with pytest.raises(FederationError, match=r"received 0\. The others did not answer"):
         collected(Stream(), NAMES[:3], cohort_config(0, min_replies=1))
@@ -173,13 +280,16 @@ def test_replies_that_end_too_early_are_an_error():
 
 def test_replies_that_end_early_will_do_if_there_are_enough():
     found = collected(Stream(good(0), good(1)), NAMES[:3], cohort_config(0, min_replies=2))
-    assert weights_sha256([*found.mean.mean()]) == mean_of(0, 1, asked=3)
+    assert weights_sha256([*found.mean.result()]) == mean_of(0, 1, asked=3)
 
 
 BROKEN = {
     "not a number": (broken([LIKE[0], np.float32([0.0, np.nan])]), "must be finite.*received nan"),
     "another shape": (broken([LIKE[0].T, LIKE[1]]), r"array 0 is float32 of shape \(3, 2\)"),
-    "another dtype": (broken([LIKE[0], np.float64(LIKE[1])]), r"array 1 is float64 of shape \(2,\)"),
+    "another dtype": (
+        broken([LIKE[0], np.float64(LIKE[1])]),
+        r"array 1 is float64 of shape \(2,\)",
+    ),
     "nothing": (broken([]), "must have the model's 2 arrays; received 0"),
     "no examples": (LocalResult(0, 5, {}, {}, LIKE), "must rest on examples.*received 0"),
     "a million times its examples": (
@@ -197,10 +307,11 @@ def test_an_update_that_cannot_be_averaged_is_refused_by_name_and_the_round_goes
     found = collected(Stream(good(0), refused, good(2)), NAMES[:3], cohort_config(0, min_replies=2))
     assert list(found.results) == ["silo-0", "silo-2"]
     assert list(found.failures) == ["silo-1"]
-    assert weights_sha256([*found.mean.mean()]) == mean_of(0, 2, asked=3)
-    assert found.bytes_received == 2 * 4 * (6 + 2)
+    assert weights_sha256([*found.mean.result()]) == mean_of(0, 2, asked=3)
     assert "silo 'silo-1' is left out of the round: an update" in capsys.readouterr().out
-    with pytest.raises(FederationError, match=rf"received 1\. silo 'silo-1': an update .*{reason}.*See the logs"):
+    with pytest.raises(
+        FederationError, match=rf"received 1\. silo 'silo-1': an update .*{reason}.*See the logs"
+    ):
         collected(Stream(good(0), refused, good(2)), NAMES[:3], cohort_config(0))
 
 

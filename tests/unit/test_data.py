@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from shared.data import Dataset, Schema, load_dataset, shard, split, split_pool
-from shared.data.arrays import save_npz
+from shared.data.readers.arrays import save_npz
 from shared.data.splits import split_validation
 from shared.experiment import DataSection
 
-# As scikit-learn documents them: number of examples, shape of one, number of classes (0: regression).
+# As scikit-learn documents them: number of examples, shape of one, number of classes (0:
+# regression).
 DOCUMENTED = {
     "digits": (1797, (8, 8, 1), 10),
     "breast_cancer": (569, (30,), 2),
@@ -30,8 +31,14 @@ def same(a: Dataset, b: Dataset) -> bool:
     pairs = [(a.x, b.x), (a.y, b.y)]
     if a.sample_weight is not None and b.sample_weight is not None:
         pairs.append((a.sample_weight, b.sample_weight))
-    equal = all((x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()) for x, y in pairs)
-    return equal and a.num_classes == b.num_classes and (a.sample_weight is None) == (b.sample_weight is None)
+    equal = all(
+        (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()) for x, y in pairs
+    )
+    return (
+        equal
+        and a.num_classes == b.num_classes
+        and (a.sample_weight is None) == (b.sample_weight is None)
+    )
 
 
 # --- the built-in sets
@@ -53,10 +60,14 @@ def test_every_built_in_set_is_as_documented_and_the_same_each_time(name: str):
 def test_tables_are_standardised_and_pixels_lie_between_0_and_1():
     for name in ("breast_cancer", "wine", "diabetes"):
         x = load(name).x
-        np.testing.assert_allclose(x.mean(axis=0, dtype=np.float64), 0.0, atol=1e-6)  # float32 rounds each entry
+        np.testing.assert_allclose(
+            x.mean(axis=0, dtype=np.float64), 0.0, atol=1e-6
+        )  # float32 rounds each entry
         np.testing.assert_allclose(x.std(axis=0, dtype=np.float64), 1.0, atol=1e-6)
     y = load("diabetes").y
-    assert (y.mean(dtype=np.float64), y.std(dtype=np.float64)) == pytest.approx((0.0, 1.0), abs=1e-6)
+    assert (y.mean(dtype=np.float64), y.std(dtype=np.float64)) == pytest.approx(
+        (0.0, 1.0), abs=1e-6
+    )
     assert (load("digits").x.min(), load("digits").x.max()) == (0.0, 1.0)
 
 
@@ -68,14 +79,23 @@ def test_a_schema_tells_the_task_and_the_number_of_outputs():
 def test_the_hash_of_a_set_tells_any_other_example_target_weight_or_order():
     x, y = np.arange(6, dtype=np.float32).reshape(3, 2), np.array([0, 1, 1], np.int32)
     base, weights = Dataset(x, y, 2), np.array([1.0, 2.0, 1.0], np.float32)
-    others = [Dataset(x + 1, y, 2), Dataset(x, 1 - y, 2), Dataset(x, y, 2, weights), base.take(np.array([0, 2, 1]))]
+    others = [
+        Dataset(x + 1, y, 2),
+        Dataset(x, 1 - y, 2),
+        Dataset(x, y, 2, weights),
+        base.take(np.array([0, 2, 1])),
+    ]
     assert base.sha256() == Dataset(x.copy(), y.copy(), 2).sha256()
     assert len({each.sha256() for each in (base, *others)}) == 5
 
 
 def test_taking_examples_takes_their_targets_and_weights_along(numbered: Callable[..., Dataset]):
     taken = numbered(5, weighted=True).take(np.array([3, 1]))
-    assert (taken.x[:, 0].tolist(), taken.y.tolist(), taken.sample_weight.tolist()) == ([3, 1], [3, 1], [3, 1])
+    assert (taken.x[:, 0].tolist(), taken.y.tolist(), taken.sample_weight.tolist()) == (
+        [3, 1],
+        [3, 1],
+        [3, 1],
+    )
 
 
 # --- splits and shards
@@ -114,7 +134,10 @@ def test_the_test_examples_do_not_depend_on_the_validation_fraction(
 
 
 def test_silos_choose_their_validation_examples_independently(numbered: Callable[..., Dataset]):
-    chosen = {owner: tuple(split_validation(numbered(100), 0, 0.5, owner)[1].y) for owner in ("", "a", "b")}
+    chosen = {
+        owner: tuple(split_validation(numbered(100), 0, 0.5, owner)[1].y)
+        for owner in ("", "a", "b")
+    }
     assert len(set(chosen.values())) == 3
 
 
@@ -150,7 +173,9 @@ def test_images_come_back_with_their_shape(tmp_path: Path):
     assert same(load(tmp_path / "images.npz"), part)
 
 
-def test_a_silo_without_the_last_class_still_knows_of_it(tmp_path: Path, make_data: Callable[..., Dataset]):
+def test_a_silo_without_the_last_class_still_knows_of_it(
+    tmp_path: Path, make_data: Callable[..., Dataset]
+):
     dataset = make_data(20, num_classes=3)
     part = dataset.take(np.flatnonzero(dataset.y < 2))
     save_npz(tmp_path / "a.npz", part)
@@ -168,7 +193,11 @@ def test_numbers_of_any_dtype_are_taken(tmp_path: Path):
     for dtype in (np.uint8, np.int64, np.float16, np.float64, bool):
         np.savez(tmp_path / "a.npz", x=np.eye(2, dtype=dtype), y=np.array([0, 1], dtype=dtype))
         dataset = load(tmp_path / "a.npz")
-        assert (dataset.x.dtype, dataset.y.dtype, dataset.y.tolist()) == (np.float32, np.int32, [0, 1])
+        assert (dataset.x.dtype, dataset.y.dtype, dataset.y.tolist()) == (
+            np.float32,
+            np.int32,
+            [0, 1],
+        )
 
 
 # --- CSV
@@ -213,38 +242,88 @@ BAD_CSV = {
         "a,label\n1,0\nred,1\n",
         ["column 'a' must be numeric", "'red' in line 3", "data.categorical"],
     ),
-    "text and numbers in the label": ("a,label\n1,0\n2,yes\n", ["'label' mixes numbers and text: 'yes' in line 3"]),
+    "text and numbers in the label": (
+        "a,label\n1,0\n2,yes\n",
+        ["'label' mixes numbers and text: 'yes' in line 3"],
+    ),
     "two columns of a name": ("a,a,label\n1,2,0\n", ["two columns of the name 'a'"]),
-    "no such feature": ("a,label\n1,0\n", ["no column 'b' (data.features)", "Nearest"], {"features": "a, b"}),
+    "no such feature": (
+        "a,label\n1,0\n",
+        ["no column 'b' (data.features)", "Nearest"],
+        {"features": "a, b"},
+    ),
     "two roles": ("a,label\n1,0\n", ["'a' has two roles"], {"features": "a", "weight": "a"}),
-    "an id that comes twice": ("a,n,label\n1,x,0\n2,x,1\n", ["'x' again in line 3", "data.id"], {"id": "n"}),
-    "a negative weight": ("a,w,label\n1,-2,0\n", ["negative; received -2.0 in line 2"], {"weight": "w"}),
-    "a gap in a category": ("a,s,label\n1,x,0\n1,,1\n", ["'s' has no value in line 3"], {"categorical": "s"}),
-    "another encoding": ("a,s,label\n1,ä,0\n".encode("latin-1"), ["not UTF-8 in line 2"], {"categorical": "s"}),
-    "a header in another encoding": ("ä,label\n1,0\n".encode("latin-1"), ["encoding 'utf-8'", "data.encoding"]),
-    "no such encoding": ("a,label\n1,0\n", ["encoding 'utf-9'", "data.encoding"], {"encoding": "utf-9"}),
+    "an id that comes twice": (
+        "a,n,label\n1,x,0\n2,x,1\n",
+        ["'x' again in line 3", "data.id"],
+        {"id": "n"},
+    ),
+    "a negative weight": (
+        "a,w,label\n1,-2,0\n",
+        ["negative; received -2.0 in line 2"],
+        {"weight": "w"},
+    ),
+    "a gap in a category": (
+        "a,s,label\n1,x,0\n1,,1\n",
+        ["'s' has no value in line 3"],
+        {"categorical": "s"},
+    ),
+    "another encoding": (
+        "a,s,label\n1,ä,0\n".encode("latin-1"),
+        ["not UTF-8 in line 2"],
+        {"categorical": "s"},
+    ),
+    "a header in another encoding": (
+        "ä,label\n1,0\n".encode("latin-1"),
+        ["encoding 'utf-8'", "data.encoding"],
+    ),
+    "no such encoding": (
+        "a,label\n1,0\n",
+        ["encoding 'utf-9'", "data.encoding"],
+        {"encoding": "utf-9"},
+    ),
     "empty file": ("", ["is empty", "a header line and at least one row"]),
     "only line ends": ("\n\n", ["is empty", "a header line and at least one row"]),
     "header without rows": ("a,label\n", ["holds no examples", "at least one"]),
     "only the label column": ("label\n1\n", ["only the label column", "Add at least one feature"]),
     "missing feature": ("a,label\n1,0\n,1\n", ["'a' has no value in line 3", "take the rows out"]),
-    "missing label": ("a,label\n1,0\n2,\n", ["'label' has no value in line 3", "take the rows out"]),
-    "short row": ("a,b,label\n1,2,0\n2\n", ["line 3 has 1 fields where the header has 3", "Mend that line"]),
+    "missing label": (
+        "a,label\n1,0\n2,\n",
+        ["'label' has no value in line 3", "take the rows out"],
+    ),
+    "short row": (
+        "a,b,label\n1,2,0\n2\n",
+        ["line 3 has 1 fields where the header has 3", "Fix that line"],
+    ),
     "one long row": ("a,label\n1,0\n1,2,3\n", ["line 3 has 3 fields where the header has 2"]),
     "only long rows": ("a,label\n0,5,1\n1,7,0\n", ["line 2 has 3 fields where the header has 2"]),
     "no text": (b"\xff\xfe\x00\x01", ["is not in the encoding 'utf-8'"]),
     "open quote": ('a,label\n"1,2\n', ["line 2 has 1 fields where the header has 2"]),
     "infinite feature": ("a,label\ninf,0\n", ["'a' must be finite", "received inf in line 2"]),
     "infinite label": ("a,label\n1,inf\n", ["'label'", "received inf in line 2"]),
-    "feature beyond float32": ("a,label\n1e300,0\n", ["'a' must be finite", "received 1e+300 in line 2"]),
-    "negative class": ("a,label\n1,-1\n", ["whole numbers from 0 on", "-1", "data.task = 'regression'"]),
-    "class beyond int32": ("a,label\n1,5000000000\n", ["whole numbers from 0 on", "data.task = 'regression'"]),
-    "class beyond int64": (f"a,label\n1,{10**30}\n", ["whole numbers from 0 on", "data.task = 'regression'"]),
+    "feature beyond float32": (
+        "a,label\n1e300,0\n",
+        ["'a' must be finite", "received 1e+300 in line 2"],
+    ),
+    "negative class": (
+        "a,label\n1,-1\n",
+        ["whole numbers from 0 on", "-1", "data.task = 'regression'"],
+    ),
+    "class beyond int32": (
+        "a,label\n1,5000000000\n",
+        ["whole numbers from 0 on", "data.task = 'regression'"],
+    ),
+    "class beyond int64": (
+        f"a,label\n1,{10**30}\n",
+        ["whole numbers from 0 on", "data.task = 'regression'"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CSV)
-def test_a_csv_file_that_cannot_be_used_is_refused_by_name(csv: Callable[[str | bytes], Path], case: str):
+def test_a_csv_file_that_cannot_be_used_is_refused_by_name(
+    csv: Callable[[str | bytes], Path], case: str
+):
     content, words, *keys = BAD_CSV[case]
     path = csv(content)
     with pytest.raises(ValueError, match=str(path)) as caught:
@@ -262,7 +341,10 @@ BAD_NPZ = {
     "other length": ({"x": X, "y": Y[:2]}, ["with the same n", "(3, 2) and (2,)"]),
     "text x": ({"x": X.astype(str), "y": Y}, ["x must be numeric", "<U"]),
     "text y": ({"x": X, "y": Y.astype(str)}, ["y must be numeric", "<U"]),
-    "objects": ({"x": X, "y": np.array([None, 1, 2])}, ["cannot be read as an .npz file", "Object arrays"]),
+    "objects": (
+        {"x": X, "y": np.array([None, 1, 2])},
+        ["cannot be read as an .npz file", "Object arrays"],
+    ),
     "complex": ({"x": X * 1j, "y": Y}, ["x must be numeric", "complex"]),
     "no examples": ({"x": X[:0], "y": Y[:0]}, ["holds no examples", "at least one"]),
     "NaN in x": ({"x": X * np.nan, "y": Y}, ["not finite", "Fill them in"]),
@@ -270,14 +352,32 @@ BAD_NPZ = {
     "NaN in y": ({"x": X, "y": Y * np.nan}, ["not finite", "Fill them in"]),
     "infinity in y": ({"x": X, "y": Y + np.inf}, ["not finite", "Fill them in"]),
     "x beyond float32": ({"x": X * 1e300, "y": Y}, ["not finite", "Fill them in"]),
-    "negative class": ({"x": X, "y": Y - 1}, ["whole numbers from 0 on", "-1", "Number the classes 0, 1, 2"]),
+    "negative class": (
+        {"x": X, "y": Y - 1},
+        ["whole numbers from 0 on", "-1", "Number the classes 0, 1, 2"],
+    ),
     "class beyond int32": ({"x": X, "y": Y + 2**40}, ["whole numbers from 0 on", str(2**40)]),
-    "deep weights": ({"x": X, "y": Y, "sample_weight": X}, ["sample_weight must have shape (3,)", "(3, 2)"]),
-    "text weights": ({"x": X, "y": Y, "sample_weight": Y.astype(str)}, ["sample_weight must be numeric", "<U"]),
-    "NaN weight": ({"x": X, "y": Y, "sample_weight": [1, np.nan, 1]}, ["sample_weight must be finite"]),
+    "deep weights": (
+        {"x": X, "y": Y, "sample_weight": X},
+        ["sample_weight must have shape (3,)", "(3, 2)"],
+    ),
+    "text weights": (
+        {"x": X, "y": Y, "sample_weight": Y.astype(str)},
+        ["sample_weight must be numeric", "<U"],
+    ),
+    "NaN weight": (
+        {"x": X, "y": Y, "sample_weight": [1, np.nan, 1]},
+        ["sample_weight must be finite"],
+    ),
     "negative weight": ({"x": X, "y": Y, "sample_weight": [1, -1, 1]}, ["not negative"]),
-    "many num_classes": ({"x": X, "y": Y, "num_classes": Y}, ["num_classes must have shape ()", "(3,)"]),
-    "text num_classes": ({"x": X, "y": Y, "num_classes": "ten"}, ["num_classes must be numeric", "<U"]),
+    "many num_classes": (
+        {"x": X, "y": Y, "num_classes": Y},
+        ["num_classes must have shape ()", "(3,)"],
+    ),
+    "text num_classes": (
+        {"x": X, "y": Y, "num_classes": "ten"},
+        ["num_classes must be numeric", "<U"],
+    ),
 }
 
 
@@ -293,9 +393,13 @@ def test_an_npz_file_that_cannot_be_used_is_refused_by_name(tmp_path: Path, case
 
 
 @pytest.mark.parametrize("target", [0.5, -1.0, np.nan, np.inf])
-def test_targets_that_are_no_classes_are_refused_for_a_classification(tmp_path: Path, target: float):
+def test_targets_that_are_no_classes_are_refused_for_a_classification(
+    tmp_path: Path, target: float
+):
     np.savez(tmp_path / "a.npz", x=X, y=np.array([0.0, 1.0, target]))
-    with pytest.raises(ValueError, match=rf"a\.npz: class targets must be whole .* received {target}.*'regression'"):
+    with pytest.raises(
+        ValueError, match=rf"a\.npz: class targets must be whole .* received {target}.*'regression'"
+    ):
         load(tmp_path / "a.npz", task="classification")
 
 
@@ -305,7 +409,11 @@ def test_a_damaged_npz_file_is_refused_whatever_its_damage(tmp_path: Path):
     whole, rng = good.read_bytes(), np.random.default_rng(0)
     damaged = [whole[:size] for size in range(0, len(whole), 7)]  # cut off
     for position in rng.integers(len(whole), size=150):  # or one byte changed
-        damaged.append(whole[:position] + bytes([whole[position] ^ rng.integers(1, 256)]) + whole[position + 1 :])
+        damaged.append(
+            whole[:position]
+            + bytes([whole[position] ^ rng.integers(1, 256)])
+            + whole[position + 1 :]
+        )
     num_refused = 0
     for content in damaged:
         path.write_bytes(content)
@@ -336,12 +444,15 @@ def test_a_single_array_under_the_name_of_an_npz_file_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("suffix", [".csv", ".npz"])
 def test_a_missing_file_is_refused_with_the_nearest_name_in_its_folder(tmp_path: Path, suffix: str):
-    with pytest.raises(ValueError, match=rf"No data file at .*tabel\{suffix}.*holds no \{suffix} file"):
+    with pytest.raises(
+        ValueError, match=rf"No data file at .*tabel\{suffix}.*holds no \{suffix} file"
+    ):
         load(tmp_path / f"tabel{suffix}")
     (tmp_path / f"table{suffix}").touch()
     (tmp_path / f"zzz{suffix}").touch()
     with pytest.raises(
-        ValueError, match=rf"No data file at .*tabel\{suffix}\. Nearest in that folder: table\{suffix}\."
+        ValueError,
+        match=rf"No data file at .*tabel\{suffix}\. Nearest in that folder: table\{suffix}\.",
     ):
         load(tmp_path / f"tabel{suffix}")
     with pytest.raises(ValueError, match="No data file at"):
@@ -353,13 +464,18 @@ def test_a_misspelt_name_is_refused_with_the_nearest(tmp_path: Path):
         load("wime")
     with pytest.raises(
         ValueError,
-        match=r"built-in set, the path of a folder or of a file of the kinds \.npz, \.csv.*; received 'a\.txt'",
+        match=(
+            r"built-in set, the path of a folder or of a file of the kinds \.npz, \.csv.*; received"
+            r" 'a\.txt'"
+        ),
     ):
         load("a.txt")
 
 
 def test_a_task_that_does_not_fit_a_built_in_set_is_refused():
-    with pytest.raises(ValueError, match=r"'regression' does not fit wine, .* Set data\.task = 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"'regression' does not fit wine, .* Set data\.task = 'auto'"
+    ):
         load("wine", task="regression")
     with pytest.raises(ValueError, match=r"'classification' does not fit diabetes"):
         load("diabetes", task="classification")

@@ -1,9 +1,12 @@
 """The experiment: two spellings of one strict description, and its identity."""
 
+import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -12,13 +15,14 @@ from shared.experiment import (
     Experiment,
     Scalar,
     experiment_from_flat,
+    experiment_from_run_config,
     flatten,
     load_experiment,
-    nearest_names,
     parse_override,
 )
 
-# A valid experiment from which every single key can be changed, and what the keys with few values change to.
+# A valid experiment from which every single key can be changed, and what the keys with few values
+# change to.
 BASE = {
     "model.initial": "trained.keras",
     "optimizer.name": "sgd",
@@ -45,7 +49,9 @@ OTHER_TEXT = {
     "performance.gradient_grouping": "per_tensor",
 }
 FREE_TO_CHANGE = {"name", "training.epochs", "federation.cross_site_evaluation"}
-FREE_TO_CHANGE |= {f"federation.{key}" for key in ("num_rounds", "silo_timeout_s", "round_timeout_s")}
+FREE_TO_CHANGE |= {
+    f"federation.{key}" for key in ("num_rounds", "silo_timeout_s", "round_timeout_s")
+}
 KEYS = list(Experiment().to_flat())
 
 
@@ -63,16 +69,19 @@ def another_value(key: str, value: Scalar) -> Scalar:
 
 def with_and_without(key: str) -> tuple[Experiment, Experiment]:
     """Two experiments that differ in this key alone."""
-    flat = experiment_from_flat(BASE | (WITHOUT_OURS if key == "federation.strategy" else {})).to_flat()
-    return experiment_from_flat(flat | {key: another_value(key, flat[key])}), experiment_from_flat(flat)
+    base = BASE | WITHOUT_OURS if key == "federation.strategy" else BASE
+    plain = experiment_from_flat(base)
+    flat = plain.to_flat()
+    changed = experiment_from_flat(flat | {key: another_value(key, flat[key])})
+    return changed, plain
 
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Experiment]:
-    def load_text(text: str, *overrides: str, **run: Scalar) -> Experiment:
+    def load_text(text: str, *overrides: str, **options: Any) -> Experiment:
         path = tmp_path / "mine.toml"
         path.write_text(text, encoding="utf-8")
-        return load_experiment(path, overrides, **run)
+        return load_experiment(path, overrides, **options)
 
     return load_text
 
@@ -80,12 +89,21 @@ def load(tmp_path: Path) -> Callable[..., Experiment]:
 # --- two spellings of one thing
 
 
-def test_toml_and_flat_keys_give_back_an_experiment_of_which_every_key_is_changed(load: Callable[..., Experiment]):
+def test_toml_and_flat_keys_give_back_an_experiment_of_which_every_key_is_changed(
+    load: Callable[..., Experiment],
+):
     flat = experiment_from_flat(BASE).to_flat()
-    # adasum has no predivide factor, a Flower strategy has rules of its own, and who watches must evaluate
-    agreeing = {"performance.predivide_factor": 0.0, "federation.strategy": "", "federation.evaluate_on_silos": True}
+    # adasum has no predivide factor, a Flower strategy has rules of its own, and selection by
+    # validation loss needs silos that evaluate
+    agreeing = {
+        "performance.predivide_factor": 0.0,
+        "federation.strategy": "",
+        "federation.evaluate_on_silos": True,
+    }
     agreeing |= BASE
-    changed = experiment_from_flat({key: another_value(key, value) for key, value in flat.items()} | agreeing)
+    changed = experiment_from_flat(
+        {key: another_value(key, value) for key, value in flat.items()} | agreeing
+    )
     assert load(changed.to_toml()) == changed
     assert experiment_from_flat(changed.to_flat()) == changed
 
@@ -100,19 +118,27 @@ def test_every_key_has_a_default_of_scalar_type():
         assert type(value) in (bool, int, float, str), key
 
 
-def test_flowers_run_config_in_pyproject_is_the_defaults_key_by_key_and_type_by_type(project: Path):
-    tables = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
-    declared, defaults = flatten(tables["tool"]["flwr"]["app"]["config"]), Experiment().to_flat()
-    assert declared == defaults
-    assert {key: type(value) for key, value in declared.items()} == {key: type(v) for key, v in defaults.items()}
+def test_what_a_file_leaves_out_is_the_default_but_for_the_data(load: Callable[..., Experiment]):
+    defaults = load("[data]\nname = 'digits'\n[training]\n")
+    assert defaults == load("[training]", "data.name=digits") == Experiment()
 
 
-def test_an_empty_file_and_empty_sections_are_the_defaults(load: Callable[..., Experiment]):
-    assert load("") == load("[data]\n[training]\n") == Experiment()
+@pytest.mark.parametrize("text", ["", "\n# a comment\n", "name = 'mine'\nseed = 3\n[data]\n"])
+def test_a_file_that_is_empty_or_cut_off_before_its_data_is_refused(
+    load: Callable[..., Experiment], text: str
+):
+    with pytest.raises(ValueError, match=r"must say on which data.*received none\. Is it whole\?"):
+        load(text)
+
+
+def test_a_byte_order_mark_does_not_matter(load: Callable[..., Experiment]):
+    text = "seed = 3\n[data]\nname = 'wine'"
+    assert load(f"\ufeff{text}") == load(text)
 
 
 def test_a_whole_number_stands_for_a_float(load: Callable[..., Experiment]):
-    assert load("[optimizer]\nlearning_rate = 1").to_flat()["optimizer.learning_rate"] == 1.0
+    experiment = load("[optimizer]\nlearning_rate = 1", "data.name=wine")
+    assert experiment.to_flat()["optimizer.learning_rate"] == 1.0
 
 
 def test_an_experiment_cannot_be_changed():
@@ -127,16 +153,38 @@ def test_a_run_directory_is_named_after_the_experiment_unless_it_is_given():
 
 # --- identity
 
+# As computed by commit 61ca71f: the sha256, and that of the trajectory. Checkpoints and records of
+# runs hold them; a new key changes them all, which the CHANGELOG then says.
+IDENTITIES = {
+    "digits_cnn": (
+        "9eadbc6ccff0b9aa51612cb2f191cd184575da9a7debe1c64f1a76a3bc27a00e",
+        "78e9d4e8864cc16852137e0bd7fc3068bdcff6ae19d3462b595e86c9ce2b1654",
+    ),
+    "documentation_lm": (
+        "0217e624f9762b522d32fd6ab2c90407e515465a3837150c08dfd285d0732186",
+        "e6f508f683a94d78975eb41282bad5e0d7111a1ffe0315c586a14fdb05af992a",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_identities_of_earlier_runs_stay(project: Path, name: str):
+    experiment = load_experiment(project / "experiments" / f"{name}.toml")
+    trajectory = json.dumps(experiment.trajectory(), sort_keys=True)
+    trajectory_sha256 = hashlib.sha256(trajectory.encode()).hexdigest()
+    assert (experiment.sha256(), trajectory_sha256) == IDENTITIES[name]
+
 
 @pytest.mark.parametrize("key", KEYS)
-def test_each_key_changes_the_sha256_except_those_of_run(key: str):
+def test_each_key_changes_the_sha256_except_those_of_run_and_the_cache(key: str):
+    is_free = key == "data.cache" or key.startswith("run.")
     changed, plain = with_and_without(key)
-    assert (changed.sha256() == plain.sha256()) == key.startswith("run.")
+    assert (changed.sha256() == plain.sha256()) == is_free
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_each_key_changes_the_trajectory_except_how_long_how_fast_and_where(key: str):
-    is_free = key in FREE_TO_CHANGE or key.startswith(("run.", "performance."))
+    is_free = key in (*FREE_TO_CHANGE, "data.cache") or key.startswith(("run.", "performance."))
     changed, plain = with_and_without(key)
     assert (changed.trajectory() == plain.trajectory()) == is_free
 
@@ -153,14 +201,24 @@ def test_every_experiment_that_comes_along_loads_and_its_header_says_how_it_was_
         num_header = next(i for i, line in enumerate(lines) if not line.startswith("#"))
         header = "\n".join(lines[:num_header])
         for label in ("run:", "hardware:", "time:", "result:"):
-            assert re.search(rf"{label} +\S", header), f"{file.name}: the header must say '{label} ...'"
+            assert re.search(rf"{label} +\S", header), (
+                f"{file.name}: the header must say '{label} ...'"
+            )
 
 
 # --- overrides
 
 
-def test_overrides_win_over_the_file_and_arguments_of_the_run_win_over_overrides(load: Callable[..., Experiment]):
-    experiment = load("seed = 1\n[data]\nname = 'wine'", "seed=2", "run.directory=a", directory="b", resume=True)
+def test_overrides_win_over_the_file_and_arguments_of_the_run_win_over_overrides(
+    load: Callable[..., Experiment],
+):
+    experiment = load(
+        "seed = 1\n[data]\nname = 'wine'",
+        "seed=2",
+        "run.directory=a",
+        run_directory="b",
+        resume=True,
+    )
     assert (experiment.seed, experiment.data.name) == (2, "wine")
     assert (experiment.run.directory, experiment.run.resume) == ("b", True)
 
@@ -188,85 +246,33 @@ def test_an_override_without_key_or_value_is_refused_with_an_example(text: str):
         parse_override(text)
 
 
-def test_overrides_are_checked_like_the_file(load: Callable[..., Experiment]):
-    with pytest.raises(ValueError, match=r"Unknown key 'training.epoch'.*'training.epochs'"):
-        load("", "training.epoch=3")
+def test_an_empty_table_as_override_leaves_the_section_of_the_file(load: Callable[..., Experiment]):
+    assert load("[data]\nname = 'wine'", "data={}").data.name == "wine"
 
 
-# --- strictness: the rule, the value received, the remedy
+# --- the run config, which comes with every message
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("sed = 1", ["'sed'", "Did you mean 'seed'?"]),
-        ("[training]\nepoch = 3", ["'training.epoch'", "Did you mean 'training.epochs'?"]),
-        ("[optimiser]\nname = 'sgd'", ["'optimiser.name'", "Did you mean 'optimizer.name'?"]),
-        ("[optimizer]\nlr = 0.1", ["'optimizer.lr'", "Known keys of [optimizer]: name, learning_rate, momentum"]),
-        ("[cluster]\nsize = 3", ["'cluster.size'", "Known sections and keys: name, seed, data, model"]),
-        ("[optimiser]", ["'optimiser'", "Did you mean 'optimizer'?"]),
-        ("[cluster]", ["'cluster'", "Known sections and keys: name, seed, data, model"]),
-        ("[data.inner]\nname = 'wine'", ["'data.inner'", "Known keys of [data]: name, label"]),
-        ("data = 'wine'", ["data is a section", "'wine'", "Write a line [data]"]),
-        ("[[data]]\nname = 'wine'", ["data is a section", "[{'name': 'wine'}]", "Write a line [data]"]),
-        ("[seed]", ["seed must be a valid integer", "{}", "default: 0"]),
-        ("[data.name]\nx = 1", ["data.name must be a valid string", "{'x': 1}", "default: 'digits'"]),
-        ("seed = 1.0", ["seed must be a valid integer", "1.0", "default: 0"]),
-        ("seed = true", ["seed must be a valid integer", "True", "default: 0"]),
-        ("[optimizer]\nlearning_rate = true", ["must be a valid number", "True", "default: 0.001"]),
-        ("[optimizer]\nlearning_rate = '0.1'", ["must be a valid number", "'0.1'", "default: 0.001"]),
-        ("[optimizer]\nlearning_rate = nan", ["must be a finite number", "nan", "default: 0.001"]),
-        ("[optimizer]\nlearning_rate = inf", ["must be a finite number", "inf", "default: 0.001"]),
-        ("[optimizer]\nlearning_rate = 0.0", ["must be greater than 0", "0.0", "default: 0.001"]),
-        ("[data]\ntest_fraction = 1.0", ["must be less than 1", "1.0", "default: 0.2"]),
-        ("[data]\ntest_fraction = -0.1", ["must be greater than or equal to 0", "-0.1", "default: 0.2"]),
-        ("[training]\nepochs = 0", ["must be greater than or equal to 1", "0", "default: 10"]),
-        ("[training]\nrestore_best = 1", ["must be a valid boolean", "1", "default: False"]),
-        ("[model]\noptions = ['units']", ["must be a valid string", "['units']", "default: ''"]),
-        ("[partition]\nkind = 'even'", ["must be 'iid', 'dirichlet', 'pathological' or 'size'", "'even'"]),
-        ("name = 'a/b'", ["name must match pattern", "'a/b'", "default: 'experiment'"]),
-    ],
-)
-def test_what_is_not_of_the_form_is_refused_with_rule_value_and_remedy(
-    load: Callable[..., Experiment], text: str, words: list[str]
-):
-    with pytest.raises(ValueError, match=r"mine\.toml") as caught:
-        load(text)
-    for word in words:
-        assert word in str(caught.value)
+def test_a_run_config_is_parsed_once_and_any_other_content_again():
+    config = Experiment(seed=1).to_flat()
+    experiment = experiment_from_run_config(config)
+    assert experiment == experiment_from_flat(config)
+    reordered = dict(reversed(config.items()))
+    assert experiment_from_run_config(reordered) is experiment
+    assert experiment_from_run_config(config | {"seed": 2}).seed == 2
 
 
-def test_every_problem_of_a_file_is_told_at_once(load: Callable[..., Experiment]):
-    with pytest.raises(ValueError, match=r"optimizer\.name must be 'sgd'.*\n.*training\.epochs must be greater"):
-        load("[training]\nepochs = 0\n[optimizer]\nname = 'adagrad'")
+@pytest.mark.parametrize("value", [1.0, True])
+def test_a_value_that_is_equal_but_of_another_type_is_another_run_config(value: Scalar):
+    experiment_from_run_config({"seed": 1})
+    with pytest.raises(ValueError, match="the run config: seed must be a valid integer"):
+        experiment_from_run_config({"seed": value})
 
 
-# --- files that are none
-
-
-def test_a_file_that_is_no_toml_is_refused_with_the_place_of_the_mistake(load: Callable[..., Experiment]):
-    with pytest.raises(ValueError, match=r"mine.toml is not valid TOML: .*line 2"):
-        load("seed = 1\n[data\n")
-
-
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"binary.toml is not valid TOML"):
-        load_experiment(tmp_path / "binary.toml")
-
-
-def test_a_missing_file_is_refused_with_where_to_look(tmp_path: Path):
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "none.toml", tmp_path / "file" / "none.toml"):
-        with pytest.raises(ValueError, match=r"No experiment file at .*none.toml.*ls experiments"):
-            load_experiment(path)
-
-
-def test_a_directory_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=f"one TOML file; received the directory {tmp_path}"):
-        load_experiment(tmp_path)
-
-
-def test_nearest_names_are_the_most_similar_or_all_if_none_is():
-    assert nearest_names("wime", ["digits", "wine", "diabetes"]) == ["wine"]
-    assert nearest_names("xyz", ["b", "a"]) == ["a", "b"]
+def test_few_run_configs_are_kept():
+    first = experiment_from_run_config({"seed": 0})
+    for seed in range(1, 20):
+        experiment_from_run_config({"seed": seed})
+    again = experiment_from_run_config({"seed": 0})
+    assert again == first
+    assert again is not first

@@ -1,9 +1,9 @@
-"""The rules of an experiment over several keys: what breaks them, and the remedies that they name."""
+"""The rules of an experiment over several keys: what breaks them, and the remedies they give."""
 
 import pytest
 
-from shared import experiment as experiment_module
 from shared.experiment import Experiment, Scalar, experiment_from_flat
+from shared.experiment.sections import Rule
 
 # Each rule: what breaks it, what its message must say, and each remedy that it names.
 RULES = {
@@ -32,9 +32,9 @@ RULES = {
         ["optimizer.weight_decay is decoupled", "0.25", "'adam'"],
         [{"optimizer.name": "adamw"}, {"optimizer.weight_decay": 0.0}],
     ),
-    "watching nothing": (
+    "selecting by nothing": (
         {"training.early_stopping_patience": 3, "data.validation_fraction": 0.0},
-        ["watch the validation loss", "data.validation_fraction = 0"],
+        ["go by the validation loss", "data.validation_fraction = 0"],
         [{"data.validation_fraction": 0.1}],
     ),
     "a fixed batch does not scale": (
@@ -54,7 +54,10 @@ RULES = {
     ),
     "over-selection from all": (
         {"federation.over_selection": 2},
-        ["federation.over_selection draws silos beyond cohort_size", "received 2 with cohort_size = 0"],
+        [
+            "federation.over_selection draws silos beyond cohort_size",
+            "received 2 with cohort_size = 0",
+        ],
         [{"federation.cohort_size": 1}, {"federation.over_selection": 0}],
     ),
     "more replies than were asked for": (
@@ -62,24 +65,31 @@ RULES = {
         ["federation.min_replies cannot exceed federation.cohort_size", "4 and 3"],
         [{"federation.min_replies": 3}, {"federation.cohort_size": 4}],
     ),
-    "silos that watch nothing": (
+    "silos that validate nothing": (
         {"federation.early_stopping_patience": 3, "data.validation_fraction": 0.0},
-        ["watch the silos' validation loss", "evaluate_on_silos = true and data.validation_fraction = 0."],
+        [
+            "go by the silos' validation loss",
+            "evaluate_on_silos = true and data.validation_fraction = 0.",
+        ],
         [{"data.validation_fraction": 0.1}],
     ),
     "a strategy beside our rounds": (
         {"federation.strategy": "a.b:C", "federation.min_replies": 1},
-        ["runs by its own rules", "'a.b:C' together with min_replies.", "federation.strategy_options"],
+        [
+            "runs by its own rules",
+            "'a.b:C' together with federation.min_replies.",
+            "federation.strategy_options",
+        ],
         [{"federation.min_replies": 0}, {"federation.strategy": ""}],
     ),
     "resuming a strategy": (
         {"federation.strategy": "a.b:C", "run.resume": True},
-        ["leaves no checkpoint", "'a.b:C'", "Run it anew in another directory"],
+        ["leaves no checkpoint", "'a.b:C'", "Start it again in another directory"],
         [{"run.resume": False}],
     ),
-    "judging each silo's model on nothing": (
+    "evaluating each silo's model on nothing": (
         {"federation.cross_site_evaluation": True, "data.validation_fraction": 0.0},
-        ["federation.cross_site_evaluation judges", "data.validation_fraction = 0."],
+        ["federation.cross_site_evaluation evaluates", "data.validation_fraction = 0."],
         [{"data.validation_fraction": 0.1}],
     ),
     "the server's momentum": (
@@ -95,12 +105,22 @@ RULES = {
 }
 
 
-def test_every_rule_over_several_keys_is_broken_below():
-    assert len(RULES) == len(list(experiment_module._cross_field_rules(Experiment())))
+def all_rules(experiment: Experiment) -> list[Rule]:
+    owners = [*experiment.sections.values(), experiment]
+    return [rule for owner in owners for rule in owner.rules()]
+
+
+def test_every_rule_over_several_keys_is_broken_above():
+    assert len(RULES) == len(all_rules(Experiment()))
+
+
+def test_the_keys_of_every_rule_exist():
+    keys = {key for rule in all_rules(Experiment()) for key in rule.keys}
+    assert keys <= set(Experiment().to_flat())
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_broken_rule_over_several_keys_names_a_remedy_that_helps(rule: str):
+def test_a_broken_rule_over_several_keys_gives_a_remedy_that_helps(rule: str):
     broken, words, remedies = RULES[rule]
     with pytest.raises(ValueError, match="the run config: ") as caught:
         experiment_from_flat(broken)
@@ -112,32 +132,40 @@ def test_a_broken_rule_over_several_keys_names_a_remedy_that_helps(rule: str):
         experiment_from_flat(broken | remedy)
 
 
-def test_restore_best_watches_the_validation_loss_too():
-    with pytest.raises(ValueError, match="restore_best watch the validation loss"):
+def test_restore_best_goes_by_the_validation_loss_too():
+    with pytest.raises(ValueError, match="restore_best go by the validation loss"):
         experiment_from_flat({"training.restore_best": True, "data.validation_fraction": 0.0})
 
 
-@pytest.mark.parametrize("watching", [{"early_stopping_patience": 3}, {"restore_best": True}])
-def test_what_watches_the_silos_validation_loss_needs_silos_that_evaluate(watching: dict[str, Scalar]):
-    section = {f"federation.{key}": value for key, value in watching.items()}
-    with pytest.raises(ValueError, match="watch the silos' validation loss; received evaluate_on_silos = false"):
+@pytest.mark.parametrize("selecting", [{"early_stopping_patience": 3}, {"restore_best": True}])
+def test_selection_by_the_silos_validation_loss_needs_silos_that_evaluate(
+    selecting: dict[str, Scalar],
+):
+    section = {f"federation.{key}": value for key, value in selecting.items()}
+    with pytest.raises(
+        ValueError, match="go by the silos' validation loss; received evaluate_on_silos = false"
+    ):
         experiment_from_flat(section | {"federation.evaluate_on_silos": False})
     experiment_from_flat(section)
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    "settings",
     [
-        ({"federation.cohort_size": 1}, "cohort_size"),
-        ({"federation.cohort_size": 1, "federation.over_selection": 2}, "cohort_size, over_selection"),
-        ({"federation.min_replies": 1}, "min_replies"),
-        ({"federation.early_stopping_patience": 1}, "early_stopping_patience"),
-        ({"federation.restore_best": True}, "restore_best"),
-        ({"federation.cross_site_evaluation": True}, "cross_site_evaluation"),
-        ({"server_optimizer.learning_rate": 0.5}, "server_optimizer"),
+        {"federation.cohort_size": 1},
+        {"federation.cohort_size": 1, "federation.over_selection": 2},
+        {"federation.min_replies": 1},
+        {"federation.early_stopping_patience": 1},
+        {"federation.restore_best": True},
+        {"federation.cross_site_evaluation": True},
+        {"server_optimizer.learning_rate": 0.5},
+        {"federation.min_replies": 1, "server_optimizer.name": "fedavgm"},
     ],
 )
-def test_a_strategy_excludes_every_rule_of_our_rounds(settings: dict[str, Scalar], named: str):
+def test_a_strategy_excludes_every_rule_of_our_rounds(settings: dict[str, Scalar]):
     experiment_from_flat(settings)
-    with pytest.raises(ValueError, match=rf"runs by its own rules; received 'a\.b:C' together with {named}\. Leave"):
+    keys = ", ".join(settings)
+    with pytest.raises(
+        ValueError, match=rf"runs by its own rules; received 'a\.b:C' together with {keys}\. Leave"
+    ):
         experiment_from_flat(settings | {"federation.strategy": "a.b:C"})

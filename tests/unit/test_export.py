@@ -12,15 +12,20 @@ import pytest
 from shared.data import Schema, fit_schema
 from shared.data.tables import make_table
 from shared.experiment import DataSection, experiment_from_flat
-from shared.export import FORMATS, export, main
+from shared.export import FORMATS, export
+from shared.export.__main__ import main
 from shared.run_record import RunRecord
 from shared.zoo import MODELS, build_model
 from tests.unit.test_zoo import SETS, TINY, eight_examples
 
 
-def finished_run(directory: Path, schema: Schema, weights: list[np.ndarray] | None = None, **keys: str) -> Path:
+def finished_run(
+    directory: Path, schema: Schema, weights: list[np.ndarray] | None = None, **keys: str
+) -> Path:
     """A run directory as a trainer leaves it, of a model with fresh weights or these."""
-    flat = {key.replace("__", "."): value for key, value in keys.items()} | {"run.directory": str(directory)}
+    flat = {key.replace("__", "."): value for key, value in keys.items()} | {
+        "run.directory": str(directory)
+    }
     experiment = experiment_from_flat(flat)
     model = build_model(experiment.model, schema, seed=5)
     if weights:
@@ -34,26 +39,42 @@ def finished_run(directory: Path, schema: Schema, weights: list[np.ndarray] | No
 def patients(**keys: object) -> tuple[pd.DataFrame, Schema]:
     """A table of numbers with gaps and of categories, and its schema."""
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"age in years": rng.normal(50, 10, 40), "pressure": rng.normal(1e5, 1e3, 40)})
+    frame = pd.DataFrame(
+        {"age in years": rng.normal(50, 10, 40), "pressure": rng.normal(1e5, 1e3, 40)}
+    )
     frame["sex"] = rng.choice(["f", "m"], 40)
     frame["ward: north"] = rng.choice(["1", "2", "3"], 40)
     frame["outcome"] = np.where(frame["pressure"] > 1e5, "ill", "well")
     frame["days"] = 30 + 0.5 * frame["age in years"] + rng.normal(0, 1, 40)
     frame.loc[3, "pressure"] = np.nan
-    common = {"label": "outcome", "features": "age in years, pressure, sex, ward: north", "missing": "fill"}
+    common = {
+        "label": "outcome",
+        "features": "age in years, pressure, sex, ward: north",
+        "missing": "fill",
+    }
     config = DataSection(**{**common, "categorical": "sex, ward: north", **keys})
     return frame, fit_schema(make_table(frame.rename_axis(index="row"), config, "patients"), config)
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("name", MODELS)
+# make test has each model in one format, by turns; make test-slow has the others
+PAIRS = [
+    pytest.param(name, format_name, marks=() if j == i % len(FORMATS) else pytest.mark.slow)
+    for i, name in enumerate(MODELS)
+    for j, format_name in enumerate(FORMATS)
+]
+
+
+@pytest.mark.parametrize(("name", "format_name"), PAIRS)
 def test_every_model_is_exported_in_every_format(tmp_path: Path, name: str, format_name: str):
     examples = eight_examples(SETS.get(name, ["wine"])[0])
-    run = finished_run(tmp_path / "run", examples.schema, model__name=name, model__options=TINY.get(name, ""))
+    run = finished_run(
+        tmp_path / "run", examples.schema, model__name=name, model__options=TINY.get(name, "")
+    )
     path = export(run, format_name)  # which checks what it wrote against the model
     model = keras.models.load_model(run / "model.keras", compile=False)
     form = FORMATS[format_name]
-    x = examples.x[:1].astype(examples.schema.input_dtype)  # another number of examples than it was checked with
+    # Another number of examples than it was checked with.
+    x = examples.x[:1].astype(examples.schema.input_dtype)
     if examples.schema.columns is None:
         logits = np.asarray(model(x), np.float64)
         shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
@@ -62,18 +83,30 @@ def test_every_model_is_exported_in_every_format(tmp_path: Path, name: str, form
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_a_table_goes_in_as_it_is_and_comes_out_in_the_units_of_its_label(tmp_path: Path, format_name: str):
-    """A linear model by hand: mean + std (w . ((x - mean) / std) + b); gaps are the mean, unknown categories 0."""
+def test_a_table_goes_in_as_it_is_and_comes_out_in_the_units_of_its_label(
+    tmp_path: Path, format_name: str
+):
+    """A linear model by hand: mean + std (w . ((x - mean) / std) + b).
+
+    Gaps are the mean, unknown categories 0.
+    """
     frame, schema = patients(label="days", task="regression")
     kernel = np.arange(7, dtype=np.float32)[:, None] - 3.0
-    run = finished_run(tmp_path / "run", schema, [kernel, np.array([0.5], np.float32)], model__name="linear")
+    run = finished_run(
+        tmp_path / "run", schema, [kernel, np.array([0.5], np.float32)], model__name="linear"
+    )
     path, form = export(run, format_name), FORMATS[format_name]
     numbers = np.array([[61.0, 1.01e5], [40.0, np.nan]])
     names, places = np.array([["m", "2"], ["f", "9"]]), np.array([[1, 1], [0, -1]])
     by_name = form.category_dtype == "string"
     categories = names if by_name else places.astype(form.category_dtype)
-    received = form.predict(path, {"numbers": numbers.astype(form.number_dtype), "categories": categories})
-    mean, std = frame[["age in years", "pressure"]].mean(), frame[["age in years", "pressure"]].std(ddof=0)
+    received = form.predict(
+        path, {"numbers": numbers.astype(form.number_dtype), "categories": categories}
+    )
+    mean, std = (
+        frame[["age in years", "pressure"]].mean(),
+        frame[["age in years", "pressure"]].std(ddof=0),
+    )
     scaled = np.nan_to_num((numbers - mean.to_numpy()) / std.to_numpy())
     one_hot = np.array([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]])
     outputs = np.concatenate([scaled, one_hot], axis=1) @ kernel + 0.5
@@ -90,29 +123,44 @@ def test_classes_come_out_as_probabilities_with_their_names(tmp_path: Path):
     path = export(run, "onnx", tmp_path / "my.onnx")
     inputs = {"numbers": np.array([[50.0, 1e5]]), "categories": np.array([[0, 1]], np.int32)}
     assert FORMATS["onnx"].predict(path, inputs).sum() == pytest.approx(1.0, abs=1e-6)
-    assert json.loads((tmp_path / "my.onnx.inputs.json").read_text())["output"]["classes"] == ["ill", "well"]
+    assert json.loads((tmp_path / "my.onnx.inputs.json").read_text())["output"]["classes"] == [
+        "ill",
+        "well",
+    ]
 
 
 def test_a_model_trained_in_bfloat16_is_exported_in_float32(tmp_path: Path):
     schema = eight_examples("digits").schema
-    run = finished_run(tmp_path / "run", schema, model__name="cnn", model__precision="mixed_bfloat16")
+    run = finished_run(
+        tmp_path / "run", schema, model__name="cnn", model__precision="mixed_bfloat16"
+    )
     for format_name in FORMATS:
         export(run, format_name)
 
 
-def test_an_export_that_predicts_something_else_is_refused_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_export_that_predicts_something_else_is_refused_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     run = finished_run(tmp_path / "run", eight_examples("digits").schema, model__name="cnn")
 
     def save_another(model: keras.Model, path: Path) -> None:
         FORMATS["keras"].save(keras.models.clone_model(model), path)
 
-    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], save=save_another, predict=FORMATS["keras"].predict))
-    with pytest.raises(ValueError, match="must predict what the model predicts, to 1e-05; received"):
+    monkeypatch.setitem(
+        FORMATS,
+        "onnx",
+        replace(FORMATS["onnx"], save=save_another, predict=FORMATS["keras"].predict),
+    )
+    with pytest.raises(
+        ValueError, match="must predict what the model predicts, to 1e-05; received"
+    ):
         export(run, "onnx", tmp_path / "wrong.keras")
     assert not list(tmp_path.glob("wrong*"))
 
 
-def test_an_export_that_is_interrupted_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_export_that_is_interrupted_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     run = finished_run(tmp_path / "run", eight_examples("digits").schema, model__name="cnn")
 
     def interrupted(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:

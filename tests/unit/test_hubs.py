@@ -1,4 +1,6 @@
-"""Data sets of keras.datasets and of Hugging Face: real loading code; without the network one clear sentence."""
+"""Data sets of keras.datasets and of Hugging Face: real loading code; without the network one clear
+sentence.
+"""
 
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from shared.data import Dataset, Table, load_dataset, load_examples
-from shared.data.texts import PAD
+from shared.data.readers.texts import PAD
 from shared.experiment import DataSection
 
 
@@ -50,10 +52,16 @@ def test_images_of_keras_are_scaled_and_both_parts_are_used(monkeypatch: pytest.
 def test_texts_of_keras_are_numbers_of_words(monkeypatch: pytest.MonkeyPatch):
     x = np.array([[1, 5, 7], [1, 2]], dtype=object)
     y = np.array([0, 1])
-    monkeypatch.setattr(keras.datasets.imdb, "load_data", lambda num_words: ((x, y), (x[:1], y[:1])))
+    monkeypatch.setattr(
+        keras.datasets.imdb, "load_data", lambda num_words: ((x, y), (x[:1], y[:1]))
+    )
     examples = load_dataset(DataSection(name="keras:imdb", sequence_length=2))
     assert examples.x.tolist() == [[1, 5], [1, 2], [1, 5]]
-    assert load_dataset(DataSection(name="keras:imdb", sequence_length=3)).x[1].tolist() == [1, 2, 10_000]
+    assert load_dataset(DataSection(name="keras:imdb", sequence_length=3)).x[1].tolist() == [
+        1,
+        2,
+        10_000,
+    ]
     assert examples.vocabulary_size == 10_001
 
 
@@ -63,20 +71,31 @@ def test_numbers_of_keras_are_scaled(monkeypatch: pytest.MonkeyPatch):
     examples = load_examples(DataSection(name="keras:boston_housing"))
     assert isinstance(examples, Table)  # so scaling is fitted to training examples, not to all
     assert examples.is_regression
-    assert load_dataset(DataSection(name="keras:boston_housing")).x.ravel().tolist() == [-1.0, 1.0, -1.0, 1.0]
+    assert load_dataset(DataSection(name="keras:boston_housing")).x.ravel().tolist() == [
+        -1.0,
+        1.0,
+        -1.0,
+        1.0,
+    ]
 
 
 def saved(folder: Path, columns: dict, **features: object) -> str:
-    """A data set as Hugging Face's own library writes it, read from this disk instead of the hub."""
+    """A data set as Hugging Face's own library writes it, read from this disk instead of the
+    hub.
+    """
     folder.mkdir()
-    datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(folder / "train.parquet")
+    datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(
+        folder / "train.parquet"
+    )
     return f"hf:{folder}"
 
 
 def test_tables_of_hugging_face_have_roles(tmp_path: Path):
     columns = {"age": [30, 40, 50], "sex": ["f", "m", "f"], "label": ["ill", "well", "ill"]}
     value = datasets.Value
-    name = saved(tmp_path / "t", columns, age=value("int64"), sex=value("string"), label=value("string"))
+    name = saved(
+        tmp_path / "t", columns, age=value("int64"), sex=value("string"), label=value("string")
+    )
     examples = load_examples(DataSection(name=name, categorical="sex"))
     assert isinstance(examples, Table)
     encoded = load_dataset(DataSection(name=name, categorical="sex"))
@@ -98,7 +117,9 @@ def test_images_of_hugging_face_of_several_sizes_are_refused_or_resized(tmp_path
     images = [Image.new("RGB", (3, 2)), Image.new("RGB", (4, 4))]
     features = {"img": datasets.Image(), "label": datasets.Value("int64")}
     name = saved(tmp_path / "s", {"img": images, "label": [1, 0]}, **features)
-    with pytest.raises(ValueError, match=r"one size; received hf:.*, row 1 of 4x4 and hf:.*, row 0 of 2x3"):
+    with pytest.raises(
+        ValueError, match=r"one size; received hf:.*, row 1 of 4x4 and hf:.*, row 0 of 2x3"
+    ):
         load_examples(DataSection(name=name))
     assert load_dataset(DataSection(name=name, image_size="2x2")).x.shape == (2, 2, 2, 3)
 
@@ -109,12 +130,18 @@ def test_texts_of_hugging_face_are_bytes(tmp_path: Path):
     examples = load_dataset(DataSection(name=f"{name}#train", sequence_length=2))
     assert examples.x.tolist() == [[97, 98], [99, PAD]]
     assert examples.num_classes == 3
-    with pytest.raises(ValueError, match=r"has no column 'class' \(data.label\); its columns are 'text', 'label'"):
+    with pytest.raises(
+        ValueError, match=r"has no column 'class' \(data.label\); its columns are 'text', 'label'"
+    ):
         load_examples(DataSection(name=name, label="class"))
     with_ids = {"id": [1, 2], "text": ["ab", "c"], "label": [0, -1]}
     value = datasets.Value
-    name_with_ids = saved(tmp_path / "y", with_ids, id=value("int64"), text=value("string"), label=value("int64"))
-    with pytest.raises(ValueError, match=r"class targets must be whole numbers from 0 on, .* received -1"):
+    name_with_ids = saved(
+        tmp_path / "y", with_ids, id=value("int64"), text=value("string"), label=value("int64")
+    )
+    with pytest.raises(
+        ValueError, match=r"class targets must be whole numbers from 0 on, .* received -1"
+    ):
         load_examples(DataSection(name=name_with_ids, features="text"))
     with pytest.raises(ValueError, match=r"column 'text' must be numeric; received 'ab' in row 0"):
         load_examples(DataSection(name=name_with_ids))

@@ -1,4 +1,6 @@
-"""python -m shared.data inspect: what it says of a file, and that what it suggests can be trained on."""
+"""python -m shared.data inspect: what it says of a file, and that what it suggests can be trained
+on.
+"""
 
 import os
 import re
@@ -13,8 +15,9 @@ import pytest
 
 from shared.data import fit_schema, load_examples
 from shared.data.__main__ import main
-from shared.data.files import write_tfrecord
 from shared.data.inspection import inspect_file
+from shared.data.readers.tfrecord_files import write_tfrecord
+from shared.data.roles import format_names, parse_names
 from shared.experiment import DataSection, load_experiment
 from tests.unit.test_tables import patients
 
@@ -33,7 +36,10 @@ def visits(tmp_path: Path) -> Path:
 
 def test_each_column_is_described(visits: Path):
     found = inspect_file(visits, "outcome")
-    roles = {column.name: (column.kind, column.missing, column.role.partition(":")[0]) for column in found.columns}
+    roles = {
+        column.name: (column.kind, column.missing, column.role.partition(":")[0])
+        for column in found.columns
+    }
     assert found.num_examples == 200
     assert roles == {
         "name": ("text", 0, "id"),
@@ -60,10 +66,18 @@ def test_the_section_it_suggests_loads_the_file(visits: Path):
     schema = fit_schema(load_examples(config), config)
     assert schema.classes == ("ill", "well", "worse")
     assert schema.columns is not None
-    assert [number.name for number in schema.columns.numbers] == ["patient", "age", "pressure", "site", "trust"]
+    assert [number.name for number in schema.columns.numbers] == [
+        "patient",
+        "age",
+        "pressure",
+        "site",
+        "trust",
+    ]
 
 
-@pytest.mark.parametrize(("label", "task"), [("age", "regression"), ("patient", "regression"), ("site", None)])
+@pytest.mark.parametrize(
+    ("label", "task"), [("age", "regression"), ("patient", "regression"), ("site", None)]
+)
 def test_the_target_tells_the_task(tmp_path: Path, label: str, task: str | None):
     patients().drop(columns="name").to_csv(tmp_path / "t.csv", index=False)
     assert inspect_file(tmp_path / "t.csv", label).keys.get("task") == task
@@ -84,7 +98,9 @@ def test_the_target_is_found_by_its_name_or_is_the_last_column(tmp_path: Path):
         ("größe,label\n1,0\n2,1\n", "utf-16", {"encoding": "utf-16"}),
     ],
 )
-def test_delimiter_and_encoding_are_found(tmp_path: Path, text: str, encoding: str, keys: dict[str, str]):
+def test_delimiter_and_encoding_are_found(
+    tmp_path: Path, text: str, encoding: str, keys: dict[str, str]
+):
     (tmp_path / "t.csv").write_text(text.replace("1,5", "1.5"), encoding=encoding)
     section = inspect_file(tmp_path / "t.csv").keys
     assert {key: section[key] for key in ("delimiter", "encoding") if key in section} == keys
@@ -96,7 +112,24 @@ def test_other_kinds_of_files_are_described_too(tmp_path: Path, kind: str):
     path = tmp_path / f"visits.{kind}"
     patients().to_parquet(path) if kind == "parquet" else write_tfrecord(path, patients())
     found = inspect_file(path, "outcome")
-    assert (found.num_examples, found.keys["id"], found.keys["categorical"]) == (200, "name", "colour")
+    assert (found.num_examples, found.keys["id"], found.keys["categorical"]) == (
+        200,
+        "name",
+        "colour",
+    )
+
+
+def test_a_column_without_values_is_left_out(tmp_path: Path):
+    frame = pd.DataFrame({"x": [1.5, 2.0, 3.0], "nothing": [float("nan")] * 3, "label": [0, 1, 0]})
+    frame.to_parquet(tmp_path / "t.parquet")
+    inspection = inspect_file(tmp_path / "t.parquet")
+    assert inspection.columns[1].role == "left out: empty"
+    assert inspection.keys["features"] == "x"
+
+
+def test_names_with_quotes_are_read_back():
+    names = ["age", "sex, at birth", 'so-called "size"']
+    assert parse_names(format_names(names)) == names
 
 
 def test_names_with_commas_are_quoted(tmp_path: Path):
@@ -127,7 +160,9 @@ def test_what_is_wrong_with_a_file_is_one_sentence(
     assert re.search(words, error)
 
 
-def test_an_unknown_label_and_an_existing_output_are_told(visits: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_label_and_an_existing_output_are_told(
+    visits: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(["inspect", str(visits), "--label", "outcom"]) == 2
     assert "Nearest: outcome." in capsys.readouterr().err
     assert main(["inspect", str(visits), "-o", str(visits)]) == 2
@@ -137,7 +172,9 @@ def test_an_unknown_label_and_an_existing_output_are_told(visits: Path, capsys: 
 def test_the_readmes_three_commands_train_a_model_on_a_file_of_ones_own(tmp_path: Path):
     """The first, `make setup`, has made the environment that this test runs in."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"## Your own table in three commands\n.*?\n((?:    [^\n]*\n)+)", readme, re.DOTALL)
+    block = re.search(
+        r"## Your own table in three commands\n.*?\n((?:    [^\n]*\n)+)", readme, re.DOTALL
+    )
     assert block is not None
     setup, inspect, train = (shlex.split(line, comments=True) for line in block[1].splitlines())
     assert setup == ["make", "setup"]
@@ -145,10 +182,12 @@ def test_the_readmes_three_commands_train_a_model_on_a_file_of_ones_own(tmp_path
     frame["outcome"] = ["late" if x > 60 else "early" for x in frame["x"]]
     frame.to_csv(tmp_path / "mine.csv", index=False)
     for command in (inspect, train):
-        assert command[0] == ".venv/bin/python"
+        assert command[0] == ".venv/bin/archipelago"
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command[0] = sys.executable
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        command[:1] = [sys.executable, "-m", "archipelago"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
     assert float(re.search(r"test accuracy ([\d.]+)", done.stdout)[1]) > 0.9  # type: ignore[index]
     (run,) = (tmp_path / "runs").iterdir()

@@ -9,7 +9,12 @@ import pytest
 from shared.metrics import WeightedMean, merge_means
 
 # Whole numbers and quarters: every sum below is exact, so the laws hold bit by bit.
-PARTS = [WeightedMean.of(0.25, 3), WeightedMean.of(-2.0, 8), WeightedMean.of(7.5, 1), WeightedMean.of(100.0, 0)]
+PARTS = [
+    WeightedMean.of(0.25, 3),
+    WeightedMean.of(-2.0, 8),
+    WeightedMean.of(7.5, 1),
+    WeightedMean.of(100.0, 0),
+]
 
 
 def test_zero_is_neutral():
@@ -36,17 +41,24 @@ def test_a_mean_over_nothing_is_nan():
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
 def test_the_mean_of_the_parts_means_is_the_mean_of_the_union(num_parts: int):
     values = np.random.default_rng(0).integers(-64, 64, size=40) / 4
-    cuts = np.sort(np.random.default_rng(num_parts).choice(np.arange(1, 40), num_parts - 1, replace=False))
+    cuts = np.sort(
+        np.random.default_rng(num_parts).choice(np.arange(1, 40), num_parts - 1, replace=False)
+    )
     parts = np.split(values, cuts)
     merged = merge_means([({"loss": float(part.mean())}, len(part)) for part in parts])
     assert merged["loss"] == pytest.approx(values.mean(), rel=1e-15)  # the parts' means are rounded
 
 
 def test_merging_merged_parts_is_merging_all():
-    parts = [({"loss": 0.25, "accuracy": 0.5}, 4), ({"loss": 2.0, "accuracy": 1.0}, 4), ({"loss": 8.0}, 8)]
+    parts = [
+        ({"loss": 0.25, "accuracy": 0.5}, 4),
+        ({"loss": 2.0, "accuracy": 1.0}, 4),
+        ({"loss": 8.0}, 8),
+    ]
     first = (merge_means(parts[:2]), 8)
     assert merge_means([first, parts[2]]) == merge_means(parts)
-    # loss: (4 * 0.25 + 4 * 2 + 8 * 8) / 16 = 73 / 16; accuracy, which the third lacks: (4 * 0.5 + 4 * 1) / 8
+    # loss: (4 * 0.25 + 4 * 2 + 8 * 8) / 16 = 73 / 16
+    # accuracy, which the third lacks: (4 * 0.5 + 4 * 1) / 8
     assert merge_means(parts) == {"loss": 73 / 16, "accuracy": 0.75}
 
 

@@ -1,4 +1,4 @@
-"""A copy of the record in MLflow, in a real database of its own kind, read back by MLflow's client."""
+"""The copy of a record in MLflow: a real database of its kind, read back by MLflow's client."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,9 @@ def experiment(folder: Path, **keys: Any) -> Experiment:
         "run.directory": str(folder / "run"),
         "run.mlflow": f"sqlite:///{folder}/mlflow.db",
     }
-    return experiment_from_flat({**common, **{key.replace("__", "."): value for key, value in keys.items()}})
+    return experiment_from_flat(
+        {**common, **{key.replace("__", "."): value for key, value in keys.items()}}
+    )
 
 
 @pytest.fixture
@@ -38,15 +40,21 @@ def logged_run(folder: Path) -> tuple[MlflowClient, Any]:
     return client, run
 
 
-def test_parameters_metrics_by_epoch_and_the_model_are_logged_and_a_resumed_run_goes_on(in_folder: Path):
+def test_parameters_metrics_by_epoch_and_the_model_are_logged_and_a_resumed_run_goes_on(
+    in_folder: Path,
+):
     result = train(experiment(in_folder), LocalCommunicator())
     client, run = logged_run(in_folder)
     assert run.info.status == "FINISHED"
     assert run.data.params["optimizer.learning_rate"] == "0.001"
     assert run.data.metrics["final/test/accuracy"] == result["metrics"]["test"]["accuracy"]
-    rows = [json.loads(line) for line in (in_folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (in_folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     logged = client.get_metric_history(run.info.run_id, "validation/loss")
-    assert [(metric.step, metric.value) for metric in logged] == [(r["epoch"], r["validation"]["loss"]) for r in rows]
+    assert [(metric.step, metric.value) for metric in logged] == [
+        (r["epoch"], r["validation"]["loss"]) for r in rows
+    ]
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert artifacts == {"experiment.toml", "schema.json", "result.json", "model.keras"}
 
@@ -62,7 +70,13 @@ def test_each_silos_metrics_are_logged_by_round(in_folder: Path):
     record = make_record(experiment(in_folder), "flower", "round")
     assert isinstance(record, MlflowRecord)
     record.open()
-    silo = {"round": 4, "silo": "north", "num_examples": 9, "train": {"loss": 0.5}, "validation": {}}
+    silo = {
+        "round": 4,
+        "silo": "north",
+        "num_examples": 9,
+        "train": {"loss": 0.5},
+        "validation": {},
+    }
     record.append_silos(iter([silo]))
     client, run = logged_run(in_folder)
     (metric,) = client.get_metric_history(run.info.run_id, "silos/north/train/loss")
@@ -71,13 +85,19 @@ def test_each_silos_metrics_are_logged_by_round(in_folder: Path):
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nonsense://x"])
-def test_a_server_that_does_not_answer_ends_the_run_before_anything_is_written(in_folder: Path, uri: str):
-    with pytest.raises(ValueError, match=r"run\.mlflow must name an MLflow server that answers .* received '" + uri):
+def test_a_server_that_does_not_answer_ends_the_run_before_anything_is_written(
+    in_folder: Path, uri: str
+):
+    with pytest.raises(
+        ValueError, match=r"run\.mlflow must name an MLflow server that answers .* received '" + uri
+    ):
         train(experiment(in_folder, run__mlflow=uri), LocalCommunicator())
     assert not (in_folder / "run").exists()
 
 
-def test_a_server_that_goes_away_later_does_not_end_the_run(in_folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_server_that_goes_away_later_does_not_end_the_run(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+):
     record = make_record(experiment(in_folder), "single", "epoch")
     record.open()
     (in_folder / "mlflow.db").write_bytes(b"no database any more" * 1000)

@@ -11,7 +11,13 @@ import psutil
 import pytest
 
 from shared import processes
-from shared.processes import ProcessGroup, child_environment, free_ports, is_listening, wait_until_listening
+from shared.processes import (
+    ProcessGroup,
+    child_environment,
+    free_ports,
+    is_listening,
+    wait_until_listening,
+)
 
 GRACE_S = 0.4  # here, instead of the 5 s that real programs get
 START_S = 20.0  # a shell or a Python is up long before
@@ -26,7 +32,10 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pids(tmp_path: Path) -> Iterator[Path]:
-    """A file into which the processes of a test write their ids; what still lives afterwards is ended."""
+    """A file into which the processes of a test write their ids.
+
+    Those that still live afterwards are ended.
+    """
     path = tmp_path / "pids"
     path.touch()
     yield path
@@ -50,10 +59,18 @@ def wait_for(condition: Callable[[], bool]) -> bool:
 
 
 def family(group: ProcessGroup, child: str, grandchild: str, pids: Path) -> list[int]:
-    """Starts a shell that runs `child`, with another that runs `grandchild` below it; returns both ids."""
-    scripts = {"CHILD": f"echo $$ >> {pids}; {child}", "GRANDCHILD": f"echo $$ >> {pids}; {grandchild}"}
+    """Starts a shell that runs `child`, with another that runs `grandchild` below it.
+
+    Returns both ids.
+    """
+    scripts = {
+        "CHILD": f"echo $$ >> {pids}; {child}",
+        "GRANDCHILD": f"echo $$ >> {pids}; {grandchild}",
+    }
     command = ["sh", "-c", 'sh -c "$GRANDCHILD" & eval "$CHILD"']
-    started = group.start("family", command, child_environment(**scripts), log=pids.with_name("log"))
+    started = group.start(
+        "family", command, child_environment(**scripts), log=pids.with_name("log")
+    )
     assert wait_for(lambda: len(pids.read_text().split()) == 2)
     ids = sorted(map(int, pids.read_text().split()), key=lambda pid: pid != started.pid)
     assert ids[0] == started.pid
@@ -121,7 +138,9 @@ def test_leaving_puts_the_signal_handlers_back(number: signal.Signals):
 
 def test_a_name_that_has_ended_may_be_used_again():
     with ProcessGroup() as group:
-        first = group.start("worker", ["sh", "-c", "exit 3"], child_environment(), inherits_output=True)
+        first = group.start(
+            "worker", ["sh", "-c", "exit 3"], child_environment(), inherits_output=True
+        )
         assert first.wait(START_S) == 3
         assert group.dead() == ["worker"]
         second = group.start("worker", ["sleep", "60"], child_environment(), inherits_output=True)
@@ -147,6 +166,22 @@ def test_a_child_can_be_asked_to_end_and_so_can_we_after_starting_it(number: sig
         assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         child.send_signal(number)
         assert child.wait(START_S) == -number
+
+
+def test_starting_a_child_leaves_the_signal_mask_as_it_was():
+    """A caller may block SIGTERM around something that must not be interrupted."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        with ProcessGroup() as group:
+            child = group.start(
+                "child", ["grep", "SigBlk", "/proc/self/status"], child_environment()
+            )
+            output, _ = child.communicate(timeout=START_S)
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before | {signal.SIGTERM}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    blocked = int(output.split()[1], 16)
+    assert blocked == sum(1 << (number - 1) for number in before | {signal.SIGTERM})
 
 
 def test_children_that_have_ended_by_themselves_are_no_trouble():
@@ -224,7 +259,9 @@ def test_waiting_ends_when_the_time_is_up():
         assert not wait_until_listening(free_ports(1)[0], silent, timeout_s=0.2)
 
 
-def test_a_childs_environment_is_ours_with_changes_and_with_bytecode_on_disk(monkeypatch: pytest.MonkeyPatch):
+def test_a_childs_environment_is_ours_with_changes_and_with_bytecode_on_disk(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setenv("ARCHIPELAGO_A", "ours")
     monkeypatch.setenv("ARCHIPELAGO_B", "ours")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")

@@ -1,20 +1,29 @@
-"""The report as a browser shows it: light and dark, wide and narrow, by keyboard, with nothing fetched."""
+"""The report as a browser shows it: light and dark, wide and narrow, by keyboard."""
 
+import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from shared.report import write_report
-from tests.unit.test_report import central_run, federated_run, federation_with_silos, make_run
+from tests.unit.report_pages import central_run, federated_run, federation_with_silos, make_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync --disable-quic"
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+FLAGS = (
+    "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    " --disable-quic"
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: apt-get install chromium"
+)
 
-# For every text on the page: the contrast of its colour with the nearest ground below it (WCAG 2.2, 1.4.3).
+# The contrast of each text's colour with the nearest background below it (WCAG 2.2, 1.4.3).
 LOWEST_CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const rgba = (colour) => {
@@ -26,7 +35,8 @@ LOWEST_CONTRAST = """() => {
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const ground = (element) => {
     const layers = [];
-    for (let e = element; e; e = e.parentElement) layers.push(rgba(getComputedStyle(e).backgroundColor));
+    for (let e = element; e; e = e.parentElement)
+        layers.push(rgba(getComputedStyle(e).backgroundColor));
     return layers.reverse().reduce((below, layer) =>
       below.map((v, i) => v + (layer[i] - v) * layer[3] / 255), [255, 255, 255]);
   };
@@ -38,7 +48,8 @@ LOWEST_CONTRAST = """() => {
     const style = getComputedStyle(element);
     const text = luminance(rgba(element.closest("svg") ? style.fill : style.color));
     const below = luminance(ground(element));
-    found.push([(Math.max(text, below) + 0.05) / (Math.min(text, below) + 0.05), node.data.trim().slice(0, 40)]);
+    const contrast = (Math.max(text, below) + 0.05) / (Math.min(text, below) + 0.05);
+    found.push([contrast, node.data.trim().slice(0, 40)]);
   }
   return found.sort((a, b) => a[0] - b[0])[0];
 }"""
@@ -58,16 +69,25 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sample = {"prompt": "The ", "text": "import statement " * 20}
     runs = [
         central_run(folder / "a_run_of_a_rather_long_name_indeed", accuracy=0.5),
-        federated_run(folder / "b", model__options="units = [64, 32]\\ndropout_rate = 0.25\\nactivation = 'gelu'"),
+        federated_run(
+            folder / "b",
+            model__options="units = [64, 32]\\ndropout_rate = 0.25\\nactivation = 'gelu'",
+        ),
         federation_with_silos(folder / "c"),
-        make_run(folder / "d", [], {"runtime": "single", "world_size": 1, "metrics": {}, "sample": sample}),
+        make_run(
+            folder / "d",
+            [],
+            {"runtime": "single", "world_size": 1, "metrics": {}, "sample": sample},
+        ),
     ]
     write_report(runs, folder / "page.html")
     return folder / "page.html"
 
 
 def shown(browser: Browser, report: Path, width: int, scheme: str) -> Page:
-    page = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800}).new_page()
+    page = browser.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": 800}
+    ).new_page()
     page.goto(report.as_uri())
     return page
 
@@ -89,8 +109,39 @@ def test_the_page_is_as_wide_as_the_screen_and_wide_tables_scroll_by_themselves(
 ):
     page = shown(browser, report, width, "light")
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    widest = page.evaluate("Math.max(...[...document.querySelectorAll('.wide')].map(e => e.scrollWidth))")
+    widest = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('.wide')].map(e => e.scrollWidth))"
+    )
     assert width == 1280 or widest > width
+
+
+def test_a_phone_shows_metrics_without_scrolling(browser: Browser, report: Path):
+    page = shown(browser, report, 375, "light")
+    results = page.get_by_role("table", name="Results at the end of each run")
+    box = results.get_by_role("columnheader", name="test loss").bounding_box()
+    assert box is not None
+    assert box["x"] + box["width"] <= 375
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_goes_on_beyond_the_screen_is_shaded_there_until_it_is_scrolled(
+    browser: Browser, report: Path, scheme: str
+):
+    def edge(width: int, scroll: bool) -> set[bytes]:
+        """The colours at the right edge of the table of results, in its caption's line."""
+        page = shown(browser, report, width, scheme)
+        table = page.locator(".wide").first
+        if scroll:
+            table.evaluate("e => { e.scrollLeft = e.scrollWidth }")
+        box = table.bounding_box()
+        assert box is not None
+        clip = {"x": box["x"] + box["width"] - 3, "y": box["y"] + 2, "width": 2, "height": 2}
+        pixels = imread(io.BytesIO(page.screenshot(clip=clip)))
+        return {pixel.tobytes() for pixel in pixels.reshape(-1, pixels.shape[-1])}
+
+    (plain,) = edge(1800, scroll=False)
+    assert edge(375, scroll=True) == {plain}
+    assert plain not in edge(375, scroll=False)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -108,19 +159,25 @@ def test_every_text_stands_out_from_its_ground(browser: Browser, report: Path, s
 def test_curves_stand_out_from_the_page(browser: Browser, report: Path, scheme: str):
     """WCAG 2.2, 1.4.11: 3 to 1 for what must be seen."""
     page = shown(browser, report, 1280, scheme)
-    page.evaluate("document.querySelectorAll('[aria-hidden]').forEach(e => e.removeAttribute('aria-hidden'))")
+    page.evaluate(
+        "document.querySelectorAll('[aria-hidden]').forEach(e => e.removeAttribute('aria-hidden'))"
+    )
     assert page.locator(".legend b").count() == 4
     page.evaluate("document.body.replaceChildren(document.querySelector('.legend'))")
     contrast, _ = page.evaluate(LOWEST_CONTRAST)
     assert contrast >= 3.0
 
 
-def test_the_keyboard_reaches_sections_and_wide_tables_and_opens_what_is_folded(browser: Browser, report: Path):
+def test_the_keyboard_reaches_sections_and_wide_tables_and_opens_what_is_folded(
+    browser: Browser, report: Path
+):
     page = shown(browser, report, 375, "light")
     reached = []
     for _ in range(40):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("[document.activeElement.tagName, document.activeElement.ariaLabel]"))
+        reached.append(
+            page.evaluate("[document.activeElement.tagName, document.activeElement.ariaLabel]")
+        )
         if reached[-1][0] == "SUMMARY" and page.locator("details[open]").count() == 0:
             page.keyboard.press("Enter")
     assert ["A", None] in reached
@@ -133,6 +190,13 @@ def test_a_screen_reader_has_names_for_everything(browser: Browser, report: Path
     assert page.locator("table").count() == page.locator("table > caption").count() > 4
     assert page.locator("th").count() == page.locator("th[scope]").count()
     assert page.locator("svg").count() == page.locator("svg[role=img][aria-label]").count() > 4
-    assert page.locator("main > section[aria-labelledby] > h2").count() == page.locator("nav a").count() > 5
+    assert (
+        page.locator("main > section[aria-labelledby] > h2").count()
+        == page.locator("nav a").count()
+        > 5
+    )
     assert page.get_by_role("navigation", name="Sections").count() == 1
-    assert page.get_by_role("table", name="Silos of c").get_by_role("rowheader", name="south").count() == 1
+    assert (
+        page.get_by_role("table", name="Silos of c").get_by_role("rowheader", name="south").count()
+        == 1
+    )

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dist_train.collectives import place_on_host
+from dist_train.rendezvous import place_on_host
 from dist_train.resources import own_cores, own_gpu, prepare_process
 
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
@@ -23,9 +23,12 @@ def affinity(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "local_size", "threads"), [(0, 1, "8"), (0, 3, "2"), (0, 4, "2"), (0, 16, "1"), (3, 4, "3")]
+    ("wanted", "local_size", "threads"),
+    [(0, 1, "8"), (0, 3, "2"), (0, 4, "2"), (0, 16, "1"), (3, 4, "3")],
 )
-def test_ranks_share_the_cores_of_their_host(affinity: list, wanted: int, local_size: int, threads: str) -> None:
+def test_ranks_share_the_cores_of_their_host(
+    affinity: list, wanted: int, local_size: int, threads: str
+) -> None:
     prepare_process(0, local_size, wanted)
     assert os.environ["TF_NUM_INTRAOP_THREADS"] == threads
     assert os.environ["TF_NUM_INTEROP_THREADS"] == str(max(2, int(threads)))
@@ -39,7 +42,9 @@ def test_what_the_user_has_set_stays(affinity: list, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("local_size", [1, 2, 3, 8])
-def test_every_rank_gets_as_many_cores_and_none_is_given_twice(affinity: list, local_size: int) -> None:
+def test_every_rank_gets_as_many_cores_and_none_is_given_twice(
+    affinity: list, local_size: int
+) -> None:
     for rank in range(local_size):
         prepare_process(rank, local_size)
     assert len({len(cores) for cores in affinity}) == 1
@@ -56,7 +61,9 @@ def test_each_rank_gets_a_gpu_of_its_own() -> None:
 
 
 def test_fewer_gpus_than_ranks_are_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"received 4 ranks on a host with 2\. Start 2 ranks per host"):
+    with pytest.raises(
+        ValueError, match=r"received 4 ranks on a host with 2\. Start 2 ranks per host"
+    ):
         own_gpu(2, 0, 4)
 
 
@@ -64,10 +71,19 @@ def test_fewer_gpus_than_ranks_are_refused_with_the_remedy() -> None:
     ("environment", "place"),
     [
         ({}, (0, 1)),
-        ({"HOROVOD_LOCAL_RANK": "3", "HOROVOD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, (3, 4)),
+        (
+            {
+                "HOROVOD_LOCAL_RANK": "3",
+                "HOROVOD_LOCAL_SIZE": "4",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            },
+            (3, 4),
+        ),
         ({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (1, 2)),
         ({"MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}, (0, 2)),
     ],
 )
-def test_the_launcher_tells_the_place_on_the_host(environment: dict[str, str], place: tuple[int, int]) -> None:
+def test_the_launcher_reports_the_place_on_the_host(
+    environment: dict[str, str], place: tuple[int, int]
+) -> None:
     assert place_on_host(environment) == place

@@ -1,6 +1,8 @@
 """The run record: what a run leaves behind, and how a resumed run goes on with it."""
 
 import json
+import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import keras
@@ -9,7 +11,7 @@ import pytest
 
 from shared.data import Schema
 from shared.experiment import Experiment, ModelSection, experiment_from_flat, load_experiment
-from shared.run_record import NullRecord, RunRecord, read_metrics
+from shared.run_record import NullRecord, RunRecord, read_metrics, read_result
 from shared.weights import weights_sha256
 from shared.zoo import build_model
 
@@ -27,7 +29,10 @@ def opened(directory: Path, step_name: str = "epoch", **run: bool) -> RunRecord:
 
 def rows(directory: Path) -> list[dict]:
     """The rows without their seconds, which are checked apart."""
-    return [{key: row[key] for key in row if key != "seconds"} for row in read_metrics(directory / "run")]
+    return [
+        {key: row[key] for key in row if key != "seconds"}
+        for row in read_metrics(directory / "run")
+    ]
 
 
 @pytest.fixture
@@ -42,18 +47,28 @@ def test_a_run_leaves_its_experiment_rows_result_and_model(tmp_path: Path, model
     record = opened(tmp_path)
     record.append({"epoch": 1, "train": {"loss": 0.5}})
     record.append({"epoch": 2, "train": {"loss": 0.25}})
-    record.finish(model, Schema((4,), 3), {"metrics": {"test": {"loss": 0.125}}, "bytes_sent": 17, "epochs": 2})
+    record.finish(
+        model,
+        Schema((4,), 3),
+        {"metrics": {"test": {"loss": 0.125}}, "bytes_sent": 17, "epochs": 2},
+    )
     names = ["experiment.toml", "metrics.jsonl", "model.keras", "result.json", "schema.json"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     assert load_experiment(tmp_path / "run" / "experiment.toml") == experiment_in(tmp_path)
-    assert rows(tmp_path) == [{"epoch": 1, "train": {"loss": 0.5}}, {"epoch": 2, "train": {"loss": 0.25}}]
+    assert rows(tmp_path) == [
+        {"epoch": 1, "train": {"loss": 0.5}},
+        {"epoch": 2, "train": {"loss": 0.25}},
+    ]
 
 
 def test_the_result_tells_metrics_sizes_times_and_identities(tmp_path: Path, model: keras.Model):
     metrics = {"test": {"loss": 0.125}}
-    opened(tmp_path).finish(model, Schema((4,), 3), {"metrics": metrics, "bytes_sent": 17, "epochs": 2})
+    opened(tmp_path).finish(
+        model, Schema((4,), 3), {"metrics": metrics, "bytes_sent": 17, "epochs": 2}
+    )
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     seconds, versions = result.pop("seconds"), result.pop("versions")
+    finished = datetime.fromisoformat(result.pop("finished"))
     assert result == {
         "name": "mine",
         "runtime": "single",
@@ -65,8 +80,24 @@ def test_the_result_tells_metrics_sizes_times_and_identities(tmp_path: Path, mod
         "epochs": 2,
     }
     assert 0.0 <= seconds < 60.0
+    assert timedelta() <= datetime.now(UTC) - finished < timedelta(minutes=1)
     assert (versions["keras"], versions["numpy"]) == (keras.__version__, np.__version__)
     assert {"python", "flwr"} <= set(versions)
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_files_which_stay_json(
+    tmp_path: Path, model: keras.Model
+):
+    record = opened(tmp_path)
+    record.append({"epoch": 1, "train": {"loss": math.inf, "accuracy": 0.5}})
+    record.finish(model, Schema((4,), 3), {"metrics": {"test": {"loss": math.nan}}})
+    for name in ("metrics.jsonl", "result.json"):
+        text = (tmp_path / "run" / name).read_text()
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    (row,) = rows(tmp_path)
+    assert math.isnan(row["train"].pop("loss"))
+    assert row == {"epoch": 1, "train": {"accuracy": 0.5}}
+    assert math.isnan(read_result(tmp_path / "run")["metrics"]["test"]["loss"])
 
 
 def test_the_model_of_a_run_loads_with_its_weights(tmp_path: Path, model: keras.Model):
@@ -92,7 +123,9 @@ def test_a_directory_that_holds_anything_is_refused_and_left_as_it_is(tmp_path: 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     record = RunRecord(experiment_in(tmp_path), "single", "epoch")
-    with pytest.raises(ValueError, match=r"run directory .*run exists already\. .*--resume.*--run-dir.*delete"):
+    with pytest.raises(
+        ValueError, match=r"run directory .*run exists already\. .*--resume.*--run-dir.*delete"
+    ):
         getattr(record, method)()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
@@ -101,6 +134,21 @@ def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(ValueError, match=r"run exists already"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("place", ["file/run", "a" * 300, f"new/{'a' * 300}", "/proc/run"])
+def test_a_directory_that_cannot_be_written_is_refused_at_the_check_and_nothing_is_left(
+    tmp_path: Path, place: str, resume: bool
+):
+    (tmp_path / "file").write_text("mine")
+    flat = {"run.directory": str(tmp_path / place), "run.resume": resume}
+    record = RunRecord(experiment_from_flat(flat), "single", "epoch")
+    with pytest.raises(
+        ValueError, match=r"must be one that can be written to; received .* Choose another with"
+    ):
+        record.check()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_empty_directory_will_do_and_checking_makes_none(tmp_path: Path):
@@ -126,7 +174,9 @@ def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path, model: keras.
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
 @pytest.mark.parametrize("step_name", ["epoch", "round"])
-def test_resuming_keeps_the_rows_up_to_the_step_and_drops_the_later_ones(tmp_path: Path, step_name: str, step: int):
+def test_resuming_keeps_the_rows_up_to_the_step_and_drops_the_later_ones(
+    tmp_path: Path, step_name: str, step: int
+):
     record = opened(tmp_path, step_name)
     for i in range(1, 4):
         record.append({step_name: i, "run": "first"})
@@ -140,14 +190,18 @@ def test_resuming_keeps_the_rows_up_to_the_step_and_drops_the_later_ones(tmp_pat
 def test_the_seconds_of_a_resumed_run_count_on_from_the_step_it_resumes(tmp_path: Path):
     opened(tmp_path)
     lines = [{"epoch": 1, "seconds": 1000.0}, {"epoch": 2, "seconds": 2000.0}]
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     again = opened(tmp_path, resume=True)
     again.resume_at(1)
     again.append({"epoch": 2})
     assert 1000.0 <= read_metrics(tmp_path / "run")[-1]["seconds"] < 1060.0
 
 
-def test_a_run_that_goes_on_has_no_result_until_it_is_finished_again(tmp_path: Path, model: keras.Model):
+def test_a_run_that_goes_on_has_no_result_until_it_is_finished_again(
+    tmp_path: Path, model: keras.Model
+):
     opened(tmp_path).finish(model, Schema((4,), 3), {})
     opened(tmp_path, resume=True).resume_at(0)
     assert not (tmp_path / "run" / "result.json").exists()
@@ -155,16 +209,21 @@ def test_a_run_that_goes_on_has_no_result_until_it_is_finished_again(tmp_path: P
 
 def test_a_resumed_run_records_the_experiment_as_it_is_now(tmp_path: Path):
     opened(tmp_path)
-    longer = experiment_from_flat(experiment_in(tmp_path, resume=True).to_flat() | {"training.epochs": 99})
+    longer = experiment_from_flat(
+        experiment_in(tmp_path, resume=True).to_flat() | {"training.epochs": 99}
+    )
+    recorded = tmp_path / "run" / "experiment.toml"
     record = RunRecord(longer, "single", "epoch")
     record.open()
-    assert load_experiment(tmp_path / "run" / "experiment.toml").training.epochs == 10  # nothing is resumed yet
+    assert load_experiment(recorded).training.epochs == 10  # nothing is resumed yet
     record.resume_at(0)
-    assert load_experiment(tmp_path / "run" / "experiment.toml").training.epochs == 99
+    assert load_experiment(recorded).training.epochs == 99
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
-def test_resuming_keeps_what_silos_said_up_to_the_step_and_drops_the_rest(tmp_path: Path, step: int):
+def test_resuming_keeps_what_silos_said_up_to_the_step_and_drops_the_rest(
+    tmp_path: Path, step: int
+):
     record = opened(tmp_path, "round")
     for i in range(1, 4):
         record.append_silos({"round": i, "silo": name} for name in "ab")

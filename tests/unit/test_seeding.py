@@ -7,7 +7,8 @@ import pytest
 
 from shared.seeding import rng_for, seed_for
 
-# All different keys: in the seed, in a part, in a part's type, in the parts' order, number and borders.
+# All different keys: in the seed, in a part, in a part's type, in the parts' order, number and
+# borders.
 KEYS = [
     (0,),
     (1,),
@@ -38,9 +39,12 @@ def test_the_same_seed_and_scope_give_the_same_stream(key: tuple):
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(KEYS, 2)))
-def test_different_seeds_or_scopes_give_streams_that_have_nothing_in_common(one: tuple, other: tuple):
+def test_different_seeds_or_scopes_give_streams_that_have_nothing_in_common(
+    one: tuple, other: tuple
+):
     assert seed_for(*one) != seed_for(*other)
-    # the correlation of 1000 independent pairs has a standard deviation of 1 / sqrt(1000); 5 of them are 0.158
+    # the correlation of 1000 independent pairs has a standard deviation of 1 / sqrt(1000); 5 of
+    # them are 0.158
     assert abs(np.corrcoef(draw(one), draw(other))[0, 1]) < 0.158
 
 
@@ -58,4 +62,6 @@ def test_streams_are_the_same_on_every_machine():
 def test_a_seed_for_a_library_has_31_bits():
     seeds = [seed_for(0, i) for i in range(2000)]
     assert min(seeds) >= 0
-    assert 2**30 < max(seeds) < 2**31  # 2000 seeds that are all below half of the range: probability 2 ** -2000
+    assert (
+        2**30 < max(seeds) < 2**31
+    )  # 2000 seeds that are all below half of the range: probability 2 ** -2000

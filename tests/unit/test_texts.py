@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from shared.data import Dataset, load_examples
-from shared.data.texts import PAD, VOCABULARY_SIZE, as_ids, documentation_topics, language_model_dataset
+from shared.data.readers.texts import (
+    PAD,
+    VOCABULARY_SIZE,
+    as_ids,
+    documentation_topics,
+    language_model_dataset,
+)
 from shared.experiment import DataSection
 
 
@@ -26,7 +32,9 @@ def test_no_more_than_a_part_of_an_example_is_left_out(length: int):
 
 
 def test_too_little_text_is_told():
-    with pytest.raises(ValueError, match=r"received 5 with sequence_length = 5\. Give it more text"):
+    with pytest.raises(
+        ValueError, match=r"received 5 with sequence_length = 5\. Give it more text"
+    ):
         language_model_dataset(["hello"], 5)
 
 

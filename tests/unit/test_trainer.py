@@ -1,4 +1,6 @@
-"""The trainer in one process: repeated, interrupted, resumed and stopped runs. More ranks: tests/parallel."""
+"""The trainer in one process: repeated, interrupted, resumed and stopped runs. More ranks:
+tests/parallel.
+"""
 
 import json
 import shutil
@@ -19,7 +21,8 @@ from shared.weights import max_difference, weights_sha256
 
 ALONE = LocalCommunicator()
 EPOCHS = 3
-# Random layers, an optimizer with a memory, three steps per epoch: all that a resumed run could get wrong.
+# Random layers, an optimizer with a memory, three steps per epoch: all that a resumed run could get
+# wrong.
 SMALL = {
     "data.name": "wine",
     "model.options": "units = [8]\ndropout_rate = 0.5",
@@ -28,13 +31,19 @@ SMALL = {
     "training.global_batch_size": 48,
 }
 # Steps that are far too large: the validation loss is at its best early, and then never again.
-DIVERGING = SMALL | {"optimizer.learning_rate": 1.0, "training.epochs": 12, "training.early_stopping_patience": 2}
+DIVERGING = SMALL | {
+    "optimizer.learning_rate": 1.0,
+    "training.epochs": 12,
+    "training.early_stopping_patience": 2,
+}
 
 Run = Callable[..., dict[str, Any]]
 
 
 def experiment(directory: Path, flat: dict[str, Any], **run: Any) -> Experiment:
-    return experiment_from_flat(flat | {"run.directory": str(directory)} | {f"run.{k}": v for k, v in run.items()})
+    return experiment_from_flat(
+        flat | {"run.directory": str(directory)} | {f"run.{k}": v for k, v in run.items()}
+    )
 
 
 def final_weights(directory: Path, file: str = "model.keras") -> list[np.ndarray]:
@@ -92,22 +101,27 @@ def test_a_run_leaves_one_row_per_epoch_a_result_and_the_best_model(undisturbed:
 def test_a_run_that_crashes_in_an_epoch_and_is_resumed_ends_as_the_undisturbed_one(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """It crashes at the worst time: when the last epoch's row is written and its checkpoint is not."""
+    """It crashes at the worst time: when the last epoch's row is written and its checkpoint is
+    not.
+    """
 
-    def crash_in_the_last_epoch(path: Path, job: Any, progress: trainer.Progress) -> None:
+    def crash_in_the_last_epoch(*arguments: Any) -> None:
+        *_, progress = arguments
         if progress.epoch == EPOCHS:
             raise KeyboardInterrupt
-        save_state(path, job, progress)
+        save_state(*arguments)
 
-    save_state = trainer._save_state
-    monkeypatch.setattr(trainer, "_save_state", crash_in_the_last_epoch)
+    save_state = trainer.save_state
+    monkeypatch.setattr(trainer, "save_state", crash_in_the_last_epoch)
     with pytest.raises(KeyboardInterrupt):
         train(experiment(tmp_path, SMALL), ALONE)
     assert len(read_metrics(tmp_path)) == EPOCHS
     monkeypatch.undo()
     resumed = train(experiment(tmp_path, SMALL, resume=True), ALONE)
     assert resumed["epochs"] == EPOCHS
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == EPOCHS  # the last epoch's first row is gone
+    assert (
+        len((tmp_path / "metrics.jsonl").read_text().splitlines()) == EPOCHS
+    )  # the last epoch's first row is gone
     assert result_of(tmp_path)["weights_sha256"] == result_of(undisturbed)["weights_sha256"]
     assert without_times(tmp_path) == without_times(undisturbed)
 
@@ -161,7 +175,11 @@ def test_restoring_the_best_ends_with_the_weights_of_the_best_epoch(stopped: Pat
 
 
 def test_without_validation_examples_there_is_no_best_epoch(tmp_path: Path):
-    flat = SMALL | {"data.validation_fraction": 0.0, "training.epochs": 1, "data.test_fraction": 0.0}
+    flat = SMALL | {
+        "data.validation_fraction": 0.0,
+        "training.epochs": 1,
+        "data.test_fraction": 0.0,
+    }
     result = train(experiment(tmp_path, flat), ALONE)
     assert (result["best_epoch"], set(result["metrics"])) == (0, {"train"})
     assert not (tmp_path / "best.keras").exists()
@@ -170,7 +188,9 @@ def test_without_validation_examples_there_is_no_best_epoch(tmp_path: Path):
 
 def test_watching_too_few_examples_to_hold_any_out_is_refused(tmp_path: Path):
     flat = DIVERGING | {"data.validation_fraction": 0.001}  # of 142 examples: none
-    with pytest.raises(ValueError, match=r"need validation examples; .* Raise data\.validation_fraction"):
+    with pytest.raises(
+        ValueError, match=r"need validation examples; .* Raise data\.validation_fraction"
+    ):
         train(experiment(tmp_path / "none", flat), ALONE)
 
 
@@ -179,18 +199,48 @@ def test_watching_too_few_examples_to_hold_any_out_is_refused(tmp_path: Path):
 
 def test_an_existing_run_is_refused_and_nothing_of_it_is_written(undisturbed: Path, tmp_path: Path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    before = {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()
+    }
     with pytest.raises(ValueError, match="exists already"):
         train(experiment(tmp_path, SMALL | {"training.epochs": 99}), ALONE)
-    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
+    assert {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()
+    } == before
 
 
-def test_another_experiments_checkpoint_is_refused_and_its_run_left_as_it_is(undisturbed: Path, tmp_path: Path):
+def test_another_experiments_checkpoint_is_refused_and_its_run_left_as_it_is(
+    undisturbed: Path, tmp_path: Path
+):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"another experiment: optimizer\.learning_rate is 0\.5 here and 0\.02 there"):
+    with pytest.raises(
+        ValueError,
+        match=r"another experiment: optimizer\.learning_rate is 0\.5 here and 0\.02 there",
+    ):
         train(experiment(tmp_path, SMALL | {"optimizer.learning_rate": 0.5}, resume=True), ALONE)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_whose_data_changed_is_not_resumed(tmp_path: Path):
+    table = tmp_path / "table.csv"
+    rows = [f"{i % 7},{i % 5},{i % 2}" for i in range(60)]
+    table.write_text("\n".join(["a,b,label", *rows]))
+    flat = {
+        "data.name": str(table),
+        "data.label": "label",
+        "model.name": "linear",
+        "training.epochs": 1,
+    }
+    train(experiment(tmp_path / "run", flat), ALONE)
+    train(experiment(tmp_path / "run", flat | {"training.epochs": 2}, resume=True), ALONE)
+
+    changed = [row.replace("6,", "5,") for row in rows]
+    table.write_text("\n".join(["a,b,label", *changed]))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match=r"resumed on the training examples that it began with"):
+        train(experiment(tmp_path / "run", flat | {"training.epochs": 3}, resume=True), ALONE)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_resuming_what_never_ran_is_refused_and_leaves_no_directory(tmp_path: Path):
@@ -209,10 +259,14 @@ def test_a_mistake_in_the_experiment_leaves_no_directory(tmp_path: Path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_global_batch_is_the_same_for_any_number_of_ranks_unless_it_is_given_per_rank(world_size: int):
+def test_the_global_batch_is_the_same_for_any_number_of_ranks_unless_it_is_given_per_rank(
+    world_size: int,
+):
     fixed = experiment_from_flat({"training.global_batch_size": 32})
     assert global_batch_size(fixed, world_size, num_examples=100) == 32
-    growing = experiment_from_flat({"training.per_rank_batch_size": 8, "training.global_batch_size": 1})
+    growing = experiment_from_flat(
+        {"training.per_rank_batch_size": 8, "training.global_batch_size": 1}
+    )
     assert global_batch_size(growing, world_size, num_examples=100) == 8 * world_size
 
 
@@ -228,7 +282,10 @@ def test_a_global_batch_that_leaves_a_rank_without_examples_is_refused(
     batch_size: int, num_examples: int, world_size: int
 ):
     small = experiment_from_flat({"training.global_batch_size": batch_size})
-    with pytest.raises(ValueError, match=rf"batches of {batch_size} .* for {world_size} ranks.* = {2 * world_size} or"):
+    with pytest.raises(
+        ValueError,
+        match=rf"batches of {batch_size} .* for {world_size} ranks.* = {2 * world_size} or",
+    ):
         global_batch_size(small, world_size, num_examples)
     assert global_batch_size(small, 1, num_examples) == batch_size
 
@@ -245,7 +302,9 @@ def test_the_remedy_for_a_global_batch_that_is_too_small_helps():
 
 def rate_at(step: int, world_size: int, **training: Any) -> float:
     flat = {"optimizer.learning_rate": 0.1, "training.per_rank_batch_size": 8}
-    config = experiment_from_flat(flat | {f"training.{key}": value for key, value in training.items()})
+    config = experiment_from_flat(
+        flat | {f"training.{key}": value for key, value in training.items()}
+    )
     rate = learning_rate(config, world_size, steps_per_epoch=10)
     return float(rate(step)) if callable(rate) else rate
 
@@ -257,7 +316,9 @@ def test_the_rate_is_scaled_by_the_ranks_only_if_it_is_asked_for(world_size: int
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_rate_warms_up_linearly_from_the_base_to_the_scaled_one_and_stays_there(world_size: int):
+def test_the_rate_warms_up_linearly_from_the_base_to_the_scaled_one_and_stays_there(
+    world_size: int,
+):
     warmup = {"scale_learning_rate": True, "warmup_epochs": 2}  # 2 epochs of 10 steps
     for step in (0, 1, 7, 10, 19, 20, 21, 1000):
         expected = 0.1 * (1 + (world_size - 1) * min(step / 20, 1.0))
@@ -271,7 +332,12 @@ def test_the_optimizers_own_count_of_steps_drives_the_warm_up():
         world_size = 4
 
     config = experiment_from_flat(
-        SMALL | {"training.per_rank_batch_size": 12, "training.scale_learning_rate": True, "training.warmup_epochs": 2}
+        SMALL
+        | {
+            "training.per_rank_batch_size": 12,
+            "training.scale_learning_rate": True,
+            "training.warmup_epochs": 2,
+        }
     )
     job = trainer._build(config, OneOfFour())
     assert len(job.batches) == 3  # 128 examples in batches of 4 * 12
@@ -300,8 +366,12 @@ def test_the_confusion_of_the_classes_agrees_with_the_accuracy(undisturbed: Path
     counts = np.array(result["confusion"]["counts"])
     assert result["confusion"]["classes"] == ["0", "1", "2"]
     assert counts.sum() == round(0.2 * 178)
-    assert np.trace(counts) / counts.sum() == pytest.approx(result["metrics"]["test"]["accuracy"], abs=1e-6)
-    assert counts.sum(axis=1).tolist() != counts.sum(axis=0).tolist()  # else rows and columns could be exchanged
+    assert np.trace(counts) / counts.sum() == pytest.approx(
+        result["metrics"]["test"]["accuracy"], abs=1e-6
+    )
+    assert (
+        counts.sum(axis=1).tolist() != counts.sum(axis=0).tolist()
+    )  # else rows and columns could be exchanged
 
 
 def test_a_regression_has_no_confusion(tmp_path: Path):
@@ -310,8 +380,16 @@ def test_a_regression_has_no_confusion(tmp_path: Path):
 
 
 def test_a_language_model_leaves_a_sample_of_its_text(tmp_path: Path):
-    keys = {"data.name": "documentation", "data.sequence_length": 64, "model.name": "transformer_lm"}
-    keys |= {"model.options": 'preset = "tiny"', "training.epochs": 1, "training.global_batch_size": 256}
+    keys = {
+        "data.name": "documentation",
+        "data.sequence_length": 64,
+        "model.name": "transformer_lm",
+    }
+    keys |= {
+        "model.options": 'preset = "tiny"',
+        "training.epochs": 1,
+        "training.global_batch_size": 256,
+    }
     train(experiment(tmp_path, keys), ALONE)
     result = result_of(tmp_path)
     assert "confusion" not in result

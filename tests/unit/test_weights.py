@@ -11,7 +11,9 @@ from shared.weights import add, max_difference, num_bytes, subtract, weights_sha
 def weights(seed: int = 0) -> list[np.ndarray]:
     """Two arrays of multiples of 1/8 below 128: their float32 sums and differences are exact."""
     rng = np.random.default_rng(seed)
-    return [(rng.integers(-1023, 1024, size=shape) / 8).astype(np.float32) for shape in ((3, 2), (4,))]
+    return [
+        (rng.integers(-1023, 1024, size=shape) / 8).astype(np.float32) for shape in ((3, 2), (4,))
+    ]
 
 
 def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:

@@ -19,8 +19,13 @@ def train(message: Message, context: Context) -> Message:
     model.set_weights(message.content.array_records["arrays"].to_numpy_ndarrays())
     epochs = context.run_config["local-epochs"]
     history = model.fit(x, y, epochs=epochs, batch_size=BATCH_SIZE, verbose=0).history
-    metrics = MetricRecord({"num-examples": len(x), **{name: values[-1] for name, values in history.items()}})
-    return Message(RecordDict({"arrays": ArrayRecord(model.get_weights()), "metrics": metrics}), reply_to=message)
+    metrics = MetricRecord(
+        {"num-examples": len(x), **{name: values[-1] for name, values in history.items()}}
+    )
+    return Message(
+        RecordDict({"arrays": ArrayRecord(model.get_weights()), "metrics": metrics}),
+        reply_to=message,
+    )
 
 
 @app.evaluate()

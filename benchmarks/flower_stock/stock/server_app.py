@@ -21,6 +21,8 @@ def main(grid: Grid, context: Context) -> None:
 
     arrays = ArrayRecord(compiled_model(str(context.run_config["size"])).get_weights())
     num_nodes = int(context.run_config["num-nodes"])
-    strategy = FedAvg(min_train_nodes=num_nodes, min_evaluate_nodes=num_nodes, min_available_nodes=num_nodes)
+    strategy = FedAvg(
+        min_train_nodes=num_nodes, min_evaluate_nodes=num_nodes, min_available_nodes=num_nodes
+    )
     num_rounds = int(context.run_config["num-server-rounds"])
     strategy.start(grid=grid, initial_arrays=arrays, num_rounds=num_rounds, evaluate_fn=mark_round)

@@ -1,0 +1,1 @@
+"""Aggregation rules: many updates to one, on plain arrays."""

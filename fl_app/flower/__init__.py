@@ -1,0 +1,1 @@
+"""Flower's side: everything that imports flwr, and nothing else does."""

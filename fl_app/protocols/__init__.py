@@ -1,0 +1,1 @@
+"""Round protocols: how a cohort's updates reach the aggregator."""

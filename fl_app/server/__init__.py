@@ -1,0 +1,1 @@
+"""The server of a federation: rounds, cohorts, evaluation and the server optimizer; no engine."""
