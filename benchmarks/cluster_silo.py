@@ -133,7 +133,7 @@ def _texts(num_rounds: int, folder: Path) -> tuple[dict[str, Any], Path]:
     np.savez(data, x=x.astype(np.float32), y=y, num_classes=10)
     settings = experiment("20kB", num_rounds)
     settings["model"] = {"name": "benchmarks.cluster_silo:transformer"}
-    settings["data"] = {"validation_fraction": 0.0}
+    settings["data"]["validation_fraction"] = 0.0
     settings["federation"] |= {
         "local_batch_size": workload.global_batch_size,
         "evaluate_on_silos": False,

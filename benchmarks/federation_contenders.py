@@ -153,7 +153,7 @@ def launch_command(settings: Mapping[str, Any], folder: Path, node: str) -> list
 def experiment(size: str, num_rounds: int) -> dict[str, Any]:
     return {
         "name": "benchmark",
-        "data": {"validation_fraction": EVALUATED_SHARE},
+        "data": {"name": "digits", "validation_fraction": EVALUATED_SHARE},
         "model": {"name": "mlp", "options": f"units = {list(SIZES[size])}"},
         "optimizer": {"name": "adam", "learning_rate": LEARNING_RATE},
         "federation": {
