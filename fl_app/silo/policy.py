@@ -124,7 +124,8 @@ class DataPolicy:
                 )
 
     def _check_values(self, schema: Schema, config: DataSection) -> None:
-        listed = {config.label} if schema.classes else set()
+        are_declared = schema.classes == tuple(parse_names(config.classes))
+        listed = {config.label} if schema.classes and not are_declared else set()
         if schema.columns:
             listed |= {column.name for column in schema.columns.categories}
         withheld = sorted(listed - set(self.shared_values))

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.command_line import program
+from shared.data.description import ColumnDescription
 from shared.data.inspection import Inspection, experiment_text, inspect_file
+from shared.data.roles import format_names
 
 MAX_CLASSES_SHOWN = 20
+MAX_COLUMNS_SHOWN = 40
+MAX_LINE = 500
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -57,22 +62,44 @@ def _write_experiment(inspection: Inspection, path: Path) -> None:
 
 
 def _print_inspection(inspection: Inspection, path: Path) -> None:
-    title = f"{path}: {inspection.num_examples} rows"
+    title = f"{path}: {inspection.num_examples} rows, {len(inspection.columns)} columns"
     table = Table("column", "type", "missing", "distinct", "values", "role", title=title)
-    for column in inspection.columns:
+    shown = _worth_showing(inspection.columns)
+    for column in shown:
         missing = str(column.missing) if column.missing else "-"
+        missing += f" ({column.codes})" if column.codes else ""
         distinct = str(column.distinct)
-        table.add_row(column.name, column.kind, missing, distinct, column.example, column.role)
+        example = f"{column.example}; {column.note}" if column.note else column.example
+        table.add_row(column.name, column.kind, missing, distinct, example, column.role)
     console = Console(highlight=False, markup=False)
     console.print(table)
+    num_hidden = len(inspection.columns) - len(shown)
+    if num_hidden:
+        roles = Counter(column.role for column in inspection.columns)
+        counts = ", ".join(f"{role} {count}" for role, count in roles.most_common(5))
+        console.print(f"and {num_hidden} columns more; all by role: {counts}")
 
     if inspection.classes:
         largest = list(inspection.classes.items())[:MAX_CLASSES_SHOWN]
         num_examples = inspection.num_examples
-        shares = [f"{name} {count} ({count / num_examples:.0%})" for name, count in largest]
+        shares = [
+            f"{format_names([name])} {count} ({count / num_examples:.0%})"
+            for name, count in largest
+        ]
         console.print(f"classes: {', '.join(shares)}")
     console.print()
-    print(inspection.section)
+    for line in inspection.section.splitlines():
+        is_long = len(line) > MAX_LINE
+        print(f"{line[:MAX_LINE]}... (-o FILE writes all of it)" if is_long else line)
+
+
+def _worth_showing(columns: Sequence[ColumnDescription]) -> list[ColumnDescription]:
+    """All columns, if they fit on a page; else those that are not plain numbers come first."""
+    if len(columns) <= MAX_COLUMNS_SHOWN:
+        return list(columns)
+    by_interest = sorted(columns, key=lambda column: column.role == "number")
+    by_interest.sort(key=lambda column: column.role != "label")
+    return by_interest[:MAX_COLUMNS_SHOWN]
 
 
 if __name__ == "__main__":

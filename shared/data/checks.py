@@ -6,10 +6,12 @@ A column is a pandas Series whose index holds the place of each value in the fil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from shared.data.values import Notation, as_names, explain_text, parse_numbers, text_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,69 +19,109 @@ if TYPE_CHECKING:
 MAX_CLASSES = 100_000  # more are ids or numbers, not classes
 
 
-def as_numbers(column: pd.Series[Any], source: str) -> pd.Series[Any]:
+def as_numbers(column: pd.Series[Any], source: str, notation: Notation) -> pd.Series[Any]:
     """Returns the column as float64, NaN where it has no value.
 
-    Raises ValueError for text, and for numbers that float32 cannot hold.
+    Raises ValueError for text that is no number in this notation, and for numbers that float32
+    cannot hold.
     """
-    numbers = _numbers_or_nan(column)
+    import pandas as pd
 
-    text = column[numbers.isna() & column.notna()]
-    if len(text):
+    numbers, is_text = numbers_or_nan(column, notation)
+    if is_text.any():
+        text = column[is_text]
         raise ValueError(
             f"{source}: column {column.name!r} must be numeric; received {text.iloc[0]!r} in"
-            f" {_place(text)} ({len(text)} such). Fix the values; or, if the column holds"
-            " categories, name it in data.categorical; or leave it out of data.features."
+            f" {_place(text)} ({len(text)} such). {explain_text(str(text.iloc[0]))}"
         )
 
     with np.errstate(over="ignore"):
         is_infinite = np.isinf(numbers.astype(np.float32))
-    infinite = numbers[is_infinite]
-    if len(infinite):
+    if is_infinite.any():
+        infinite = column[is_infinite]
         raise ValueError(
             f"{source}: column {column.name!r} must be finite, below 3e38; received"
-            f" {infinite.iloc[0]:g} in {_place(infinite)}. Fix that value."
+            f" {infinite.iloc[0]} in {_place(infinite)}. Fix that value."
         )
-    return numbers
+    return pd.Series(numbers, column.index, name=column.name)
 
 
-def as_categories(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Returns the names of categories as text; gaps stay gaps."""
-    return column.where(column.isna(), column.map(_as_text))
+def number_columns(frame: pd.DataFrame, source: str, notation: Notation) -> pd.DataFrame:
+    """Returns all columns as float64, by `as_numbers`, of which a table may have 100,000."""
+    import pandas as pd
+
+    is_plain = (frame.dtypes == np.float64).all() and not notation.gap_numbers
+    if is_plain:
+        with np.errstate(over="ignore"):
+            is_plain = not np.isinf(frame.to_numpy(np.float32)).any()
+    if is_plain:
+        return frame
+    columns = {str(name): as_numbers(column, source, notation) for name, column in frame.items()}
+    return pd.DataFrame(columns, frame.index)
 
 
-def as_targets(column: pd.Series[Any], task: str, source: str) -> tuple[pd.Series[Any], bool]:
+def as_targets(
+    column: pd.Series[Any], task: str, classes: Collection[str], source: str, notation: Notation
+) -> tuple[pd.Series[Any], bool]:
     """Returns (targets, is_regression).
+
+    `classes`: the names of all classes, if data.classes declares them.
 
     | data.task | values | targets |
     |---|---|---|
     | regression | numbers | float64 |
+    | auto, classification | one of `classes`, if they are declared | names of classes |
     | auto, classification | text alone | names of classes |
     | auto, classification | whole numbers from 0 on | int64 numbers of classes |
     | auto | other numbers | float64, a regression |
 
     Raises ValueError for anything else, such as numbers and text together. The column has no gaps.
     """
-    if task == "regression":
-        return as_numbers(column, source), True
+    import pandas as pd
 
-    numbers = _numbers_or_nan(column)
-    is_text = numbers.isna()
+    if task == "regression":
+        return as_numbers(column, source, notation), True
+    if classes:
+        return _as_declared(column, classes, source, notation), False
+
+    numbers, is_text = numbers_or_nan(column, notation)
     if is_text.all():
-        return column.map(_as_text), False
+        return as_names(column, notation), False
     if is_text.any():
         text = column[is_text]
         raise ValueError(
             f"{source}: column {column.name!r} mixes numbers and text: {text.iloc[0]!r} in"
             f" {_place(text)} ({len(text)} of {len(column)} are no numbers). Fix the values, or"
-            " name all classes by text."
+            " name all classes by text, or list them in data.classes."
         )
 
-    is_whole = np.mod(numbers, 1) == 0
+    with np.errstate(invalid="ignore"):  # infinity is refused below
+        is_whole = np.mod(numbers, 1) == 0
     if task == "auto" and not is_whole.all():
-        return as_numbers(column, source), True
-    check_class_numbers(numbers.to_numpy(), source, numbers.index)
-    return numbers.astype(np.int64), False
+        return as_numbers(column, source, notation), True
+    check_class_numbers(numbers, source, column.index)
+    return pd.Series(numbers.astype(np.int64), column.index, name=column.name), False
+
+
+def _as_declared(
+    column: pd.Series[Any], classes: Collection[str], source: str, notation: Notation
+) -> pd.Series[Any]:
+    """The names of the classes. Raises ValueError for one that is not declared."""
+    import pandas as pd
+
+    names = as_names(column, notation)
+    numbers, is_text = numbers_or_nan(column, notation)
+    if not is_text.any():
+        as_series = pd.Series(numbers, column.index, name=column.name)
+        names = as_names(as_series, notation)  # 1.0 and 01 are 1
+    others = names[~names.isin(list(classes))]
+    if len(others):
+        raise ValueError(
+            f"{source}: column {column.name!r} holds the classes that data.classes lists; received"
+            f" {others.iloc[0]!r} in {_place(others)} ({len(others)} such). Add it to data.classes,"
+            " or fix the values."
+        )
+    return names
 
 
 def check_class_numbers(
@@ -103,21 +145,28 @@ def check_class_numbers(
 
 def check_unique_names(names: Sequence[str], source: str) -> None:
     """Raises ValueError if two columns have the same name."""
-    repeated = [name for i, name in enumerate(names) if name in names[:i]]
-    if repeated:
-        raise ValueError(
-            f"{source} has two columns of the name {repeated[0]!r}. Give each a name of its own."
-        )
+    known: set[str] = set()
+    for name in names:
+        if name in known:
+            raise ValueError(
+                f"{source} has two columns of the name {name!r}. Give each a name of its own."
+            )
+        known.add(name)
 
 
-def check_complete(column: pd.Series[Any], source: str) -> None:
-    """Raises ValueError if the column has a gap."""
-    gaps = column[column.isna()]
-    if len(gaps):
-        raise ValueError(
-            f"{source}: column {column.name!r} has no value in {_place(gaps)} ({len(gaps)} such)."
-            " Fill the values in, take the rows out, or, for a feature, set data.missing = 'fill'."
-        )
+def check_complete(column: pd.Series[Any], raw: pd.Series[Any], source: str) -> None:
+    """Raises ValueError if the column has a gap. `raw`: the column as it is in the file."""
+    is_gap = column.isna()
+    if not is_gap.any():
+        return
+    gaps = raw[is_gap]
+    code = "" if gaps.isna().iloc[0] else str(gaps.iloc[0])
+    received = f"{code!r} stands for none; " if code.strip() else ""
+    raise ValueError(
+        f"{source}: column {column.name!r} has no value in {_place(gaps)} ({received}{len(gaps)}"
+        " such). Fill the values in, take the rows out, or, for a feature, set data.missing ="
+        " 'fill'."
+    )
 
 
 def check_weights(weights: pd.Series[Any], source: str) -> None:
@@ -140,19 +189,25 @@ def check_ids(ids: pd.Series[Any], source: str) -> None:
         )
 
 
-def _numbers_or_nan(column: pd.Series[Any]) -> pd.Series[Any]:
+def numbers_or_nan(column: pd.Series[Any], notation: Notation) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (float64 numbers, NaN where there is none; which values are text), of shape (n,)."""
     import pandas as pd
 
-    return pd.to_numeric(column, errors="coerce").astype(np.float64)
+    if column.dtype == np.float64:
+        numbers = column.to_numpy()
+        is_text = np.zeros(len(numbers), bool)
+    else:
+        text = text_of(column)
+        if text is not None:
+            return parse_numbers(text, notation)
+        numbers = pd.to_numeric(column, errors="coerce").astype(np.float64).to_numpy()
+        is_text = np.isnan(numbers) & column.notna().to_numpy()
+
+    if notation.gap_numbers:
+        numbers = np.where(np.isin(numbers, notation.gap_numbers), np.nan, numbers)
+    return numbers, is_text
 
 
 def _place(column: pd.Series[Any]) -> str:
     """The place of the first value, such as "line 7"."""
     return f"{column.index.name} {column.index[0]}"
-
-
-def _as_text(value: object) -> str:
-    """A category's name: 1.0 and 1 are the same."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()

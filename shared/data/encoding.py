@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.data.dataset import Dataset
+from shared.data.roles import parse_names
 from shared.data.rows import Rows
 from shared.data.schema import Category, Columns, Number, Schema
 from shared.data.tables import Table
@@ -131,6 +132,9 @@ def _fit_target(train: Table) -> tuple[Number | None, tuple[str, ...], int]:
     label = train.frame[train.roles.label]
     if train.is_regression:
         return _fit_number(label), (), 0
+    declared = tuple(parse_names(train.config.classes))
+    if declared:
+        return None, declared, len(declared)
     if isinstance(label.iloc[0], str):
         names = tuple(sorted(set(label)))
         return None, names, len(names)

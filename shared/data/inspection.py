@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.data.checks import MAX_CLASSES
-from shared.data.description import ColumnDescription, describe_column, detect_dialect
+from shared.data.description import ColumnDescription, describe_column
+from shared.data.detection import detect_dialect, detect_notation
 from shared.data.readers.csv_files import read_csv
 from shared.data.readers.files import read_usable
 from shared.data.readers.kinds import COLUMNAR, ENDINGS, check_exists, kind_of
-from shared.data.roles import check_is_column, format_names
+from shared.data.roles import canonical_name, check_is_column, format_names
 from shared.data.tables import make_table
+from shared.data.values import Notation, as_names
 from shared.experiment import DataSection
 
 if TYPE_CHECKING:
@@ -49,22 +50,29 @@ def inspect_file(path: Path, label: str = "") -> Inspection:
     ValueError if the file cannot be read, has no such column, or leaves no column to learn from.
     """
     frame, dialect, unusable = _read_frame(path)
+    notation = detect_notation(frame)
     names = [str(name) for name in frame.columns]
-    label = label or _default_label(names)
+    label = canonical_name(label) or _default_label(names)
     check_is_column(label, names, "--label", str(path))
-    columns = [describe_column(frame[name], is_label=name == label) for name in names]
+    columns = [
+        describe_column(column, is_label=name == label, notation=notation)
+        for name, column in frame.items()
+    ]
     columns += unusable
 
-    keys = {"name": str(path), **dialect, **_suggest_roles(columns, label, frame)}
+    # The keys: of the dialect, of the notation, and the columns' roles.
+    keys = {"name": str(path), **dialect, **_notation_keys(notation)}
+    keys |= _suggest_roles(columns, label)
     classes: dict[str, int] = {}
     if keys.get("task") != "regression":
-        classes = _count_classes(frame[label])
+        classes = _count_classes(as_names(frame[label], notation))
+        keys |= _declare_classes(classes)
     if classes and max(classes.values()) > MAX_IMBALANCE * min(classes.values()):
         keys["class_weights"] = "balanced"
 
     # Whatever is still wrong with the file under these keys is an error now.
     config = DataSection(**keys)  # type: ignore[arg-type]
-    make_table(frame, config, str(path))
+    make_table(frame, config, str(path), [column.name for column in columns])
     return Inspection(len(frame), columns, keys, classes)
 
 
@@ -87,7 +95,7 @@ def _read_frame(path: Path) -> tuple[pd.DataFrame, dict[str, str], list[ColumnDe
     dialect = detect_dialect(path)
     delimiter = dialect.get("delimiter", ",")
     encoding = dialect.get("encoding", "utf-8")
-    return read_csv(path, None, delimiter, encoding), dialect, []
+    return read_csv(path, delimiter, encoding), dialect, []
 
 
 def _default_label(names: Sequence[str]) -> str:
@@ -96,24 +104,28 @@ def _default_label(names: Sequence[str]) -> str:
     return usual[0] if usual else names[-1]
 
 
-def _suggest_roles(
-    columns: Sequence[ColumnDescription], label: str, frame: pd.DataFrame
-) -> dict[str, str]:
+def _notation_keys(notation: Notation) -> dict[str, str]:
+    """The keys of [data] that declare a notation, where they are not the defaults."""
+    keys = {"decimal": notation.decimal, "thousands": notation.thousands}
+    return {key: sign for key, sign in keys.items() if sign != getattr(Notation(), key)}
+
+
+def _suggest_roles(columns: Sequence[ColumnDescription], label: str) -> dict[str, str]:
     """The keys of [data] that declare roles, where they are not the defaults."""
     keys = {"label": label}
     target = next(column for column in columns if column.name == label)
-    if _is_regression(target, frame[label]):
+    if _is_regression(target):
         keys["task"] = "regression"
 
-    # Features are all other columns, unless some are left out.
+    # Features are all other columns, but for those that are ignored.
     ids = [column.name for column in columns if column.role == "id"]
-    features = [column for column in columns if column.role in ("number", "categorical")]
-    any_left_out = any(column.role.startswith("left out") for column in columns)
-    if any_left_out or len(ids) > 1:
-        keys["features"] = format_names([column.name for column in features])
-    elif ids:
+    if ids:
         keys["id"] = ids[0]
+    ignored = [column.name for column in columns if column.role.startswith("left out")]
+    if ignored or len(ids) > 1:
+        keys["ignore"] = format_names([*ids[1:], *ignored])
 
+    features = [column for column in columns if column.role in ("number", "categorical")]
     categorical = [column.name for column in features if column.role == "categorical"]
     if categorical:
         keys["categorical"] = format_names(categorical)
@@ -122,23 +134,34 @@ def _suggest_roles(
     return keys
 
 
-def _is_regression(target: ColumnDescription, values: pd.Series[Any]) -> bool:
-    """Returns whether numbers are amounts; a few different whole ones from 0 on are classes."""
-    import pandas as pd
+def _is_regression(target: ColumnDescription) -> bool:
+    """Returns whether numbers are amounts: fractions, or more whole ones than classes would be.
 
+    A few whole numbers are classes, unless some are negative and there are more than two.
+    """
     if target.kind != "whole numbers":
         return target.kind == "numbers"
-    numbers = pd.to_numeric(values.dropna())
-    are_classes = (
-        target.distinct <= MAX_SUGGESTED_CLASSES
-        and numbers.min() >= 0
-        and numbers.max() < MAX_CLASSES
-    )
-    return not are_classes
+    is_signed = target.example.startswith("-")
+    return target.distinct > (2 if is_signed else MAX_SUGGESTED_CLASSES)
 
 
-def _count_classes(column: pd.Series[Any]) -> dict[str, int]:
-    counts = column.dropna().map(str).str.strip().value_counts()
+def _declare_classes(classes: Iterable[str]) -> dict[str, str]:
+    """data.classes, where the classes are whole numbers that are not 0, 1, 2, ... without a hole.
+
+    >>> _declare_classes(["1", "-1"]), _declare_classes(["1", "0"]), _declare_classes(["f", "m"])
+    ({'classes': '-1, 1'}, {}, {})
+    """
+    try:
+        numbers = sorted(map(int, classes))
+    except ValueError:
+        return {}
+    if numbers == list(range(len(numbers))):
+        return {}
+    return {"classes": format_names([str(number) for number in numbers])}
+
+
+def _count_classes(names: pd.Series[Any]) -> dict[str, int]:
+    counts = names.value_counts()
     return {str(name): int(count) for name, count in counts.items()}
 
 

@@ -4,17 +4,22 @@ For both kinds of examples: a `Table` is encoded by `encoding` (from its file, b
 `Dataset` already holds arrays.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shared.data.dataset import Dataset
 from shared.data.encoding import encode_table, fit_table
+from shared.data.roles import format_names
 from shared.data.schema import Schema, merge_schemas
 from shared.data.splits import split_pool, split_validation
 from shared.data.streaming import encoded_rows, iterate_table
 from shared.data.tables import Table
 from shared.experiment import DataSection
+
+MAX_CLASSES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ def split(examples: Table | Dataset, config: DataSection, seed: int) -> Splits:
     """Returns the splits that the seed draws, encoded by a schema of the training examples.
 
     `validation_fraction` is of the pool that the test split leaves. Raises ValueError if no
-    example is left to train on, or if a class occurs in held-out examples alone.
+    example is left to train on, if a class occurs in held-out examples alone, if all training
+    examples are of one class, and if most numbers of classes are those of no example.
     """
     pool, test = split_pool(examples, seed, config.test_fraction)
     train, validation = split_validation(pool, seed, config.validation_fraction)
@@ -43,12 +49,15 @@ def split(examples: Table | Dataset, config: DataSection, seed: int) -> Splits:
         )
     schema = fit_schema(train, config)
     _check_held_out_classes(examples, train)
-    return Splits(
+    _check_class_numbers(examples)
+    splits = Splits(
         schema=schema,
         train=weigh_classes(encode(train, schema), schema),
         validation=encode(validation, schema),
         test=encode(test, schema),
     )
+    _check_some_classes(train, config)
+    return splits
 
 
 def fit_schema(train: Table | Dataset, config: DataSection) -> Schema:
@@ -126,3 +135,37 @@ def _check_held_out_classes(examples: Table | Dataset, train: Table | Dataset) -
             " take that class out, or hold out less (data.test_fraction,"
             " data.validation_fraction)."
         )
+
+
+def _check_class_numbers(examples: Table | Dataset) -> None:
+    """Raises ValueError if a table's classes are numbers, but not 0, 1, 2, ... with few holes.
+
+    Each hole would be an output of the model: labels 1 and 2 make three, years 2,021.
+    """
+    if not isinstance(examples, Table) or examples.is_regression or not examples.roles.label:
+        return
+    label = examples.frame[examples.roles.label].to_numpy()
+    if label.dtype.kind != "i":
+        return  # they have names
+    numbers = np.unique(label)
+    num_holes = int(numbers[-1]) + 1 - len(numbers)
+    if numbers[0] == 0 and num_holes <= len(numbers):
+        return
+    listed = format_names([str(number) for number in numbers[:MAX_CLASSES_SHOWN]])
+    more = ", ..." if len(numbers) > MAX_CLASSES_SHOWN else ""
+    raise ValueError(
+        f"{examples.source}: classes that are numbers are 0, 1, 2, ..., each an output of the"
+        f" model; received {listed}{more} in column {examples.roles.label!r}. If they are classes,"
+        f" set data.classes = '{listed}'; if amounts, data.task = 'regression'."
+    )
+
+
+def _check_some_classes(train: Table | Dataset, config: DataSection) -> None:
+    """Raises ValueError if all training examples are of one class."""
+    labels = None if config.task == "reconstruction" else train.labels
+    if labels is None or len(np.unique(labels)) > 1:
+        return
+    raise ValueError(
+        f"All {len(train)} training examples of {config.name} are of one class, from which nothing"
+        " can be learnt. Add examples of others, or name another column in data.label."
+    )

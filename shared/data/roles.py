@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from shared.experiment import DataSection, nearest_names
+
+MAX_NAMES_SHOWN = 30
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,15 @@ def assign_roles(config: DataSection, columns: Sequence[str], source: str) -> Ro
     """
     features = parse_names(config.features)
     categorical = parse_names(config.categorical)
+    ignored = parse_names(config.ignore)
 
     # A reconstruction needs no label; if the file has one, it is no feature either.
     wants_label = config.task != "reconstruction"
-    label = config.label if wants_label or config.label in columns else ""
+    label = canonical_name(config.label)
+    label = label if wants_label or label in columns else ""
     labels = [label] if label else []
-    singles = [name for name in (config.weight, config.id, config.group) if name]
+    weight, id_, group = map(canonical_name, (config.weight, config.id, config.group))
+    singles = [name for name in (weight, id_, group) if name]
     non_features = labels + singles
 
     # Every name is a column of the file, and has one role.
@@ -61,32 +67,39 @@ def assign_roles(config: DataSection, columns: Sequence[str], source: str) -> Ro
         "label": labels,
         "features": features,
         "categorical": categorical,
+        "ignore": ignored,
         "weight, id or group": singles,
     }
+    known = set(columns)
     for key, names in names_by_key.items():
-        for name in names:
+        _check_unrepeated(names, f"data.{key}", source)
+        for name in set(names) - known:
             check_is_column(name, columns, f"data.{key}", source)
-    _check_single_roles(non_features, {*features, *categorical}, source)
+    _check_single_roles(non_features, {*features, *categorical, *ignored}, source)
 
     # Features are those declared, or all that remain.
-    features = features or [name for name in columns if name not in non_features]
-    left_out = [name for name in categorical if name not in features]
+    others = {*non_features, *ignored}
+    features = features or [name for name in columns if name not in others]
+    categories = set(categorical)
+    left_out = categories - set(features)
     if left_out:
         raise ValueError(
-            f"data.categorical names {left_out[0]!r}, which data.features leaves out. Add it there."
+            f"data.categorical names {min(left_out)!r}, which is no feature. Add it to"
+            " data.features, or take it out of data.ignore."
         )
     if not features:
         raise ValueError(
-            f"{source} has only the label column {config.label!r}. Add at least one feature column."
+            f"{source}: no column is left to learn from beside {format_names(sorted(others))}. Add"
+            " at least one feature column."
         )
 
     return Roles(
         label=label if wants_label else "",
-        numbers=tuple(name for name in features if name not in categorical),
+        numbers=tuple(name for name in features if name not in categories),
         categories=tuple(categorical),
-        weight=config.weight,
-        group=config.group,
-        id=config.id,
+        weight=weight,
+        group=group,
+        id=id_,
     )
 
 
@@ -97,12 +110,23 @@ def check_is_column(name: str, columns: Collection[str], key: str, source: str) 
     """
     if name in columns:
         return
-    quoted = ", ".join(repr(column) for column in columns)
+    shown = [repr(column) for column in list(columns)[:MAX_NAMES_SHOWN]]
+    if len(columns) > len(shown):
+        shown.append(f"... ({len(columns)} in all)")
     nearest = nearest_names(name, columns)[:3]
     raise ValueError(
-        f"{source} has no column {name!r} ({key}); its columns are {quoted}. Nearest:"
+        f"{source} has no column {name!r} ({key}); its columns are {', '.join(shown)}. Nearest:"
         f" {', '.join(nearest)}."
     )
+
+
+def _check_unrepeated(names: Sequence[str], key: str, source: str) -> None:
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"{source}: {key} names the column {repeated!r} twice. Name it once; the order of names"
+            " is that of a model's inputs."
+        )
 
 
 def _check_single_roles(
@@ -122,8 +146,17 @@ def parse_names(text: str) -> list[str]:
     ['age', 'sex, at birth']
     """
     fields = next(csv.reader([text], skipinitialspace=True), [])
-    names = [field.strip() for field in fields]
+    names = [canonical_name(field) for field in fields]
     return [name for name in names if name]
+
+
+def canonical_name(name: object) -> str:
+    """A column's name without blanks around it, in NFC.
+
+    >>> canonical_name(" gro\u0308\u00dfe ") == "gr\u00f6\u00dfe"
+    True
+    """
+    return unicodedata.normalize("NFC", str(name)).strip()
 
 
 def format_names(names: Sequence[str]) -> str:

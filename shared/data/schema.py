@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -37,8 +37,12 @@ class Number:
 
     @property
     def std(self) -> float:
-        """The divisor of scaling: the standard deviation, or 1 for a column that is constant."""
-        return math.sqrt(self.variance) if self.variance > 1e-12 * self.mean**2 else 1.0
+        """The divisor of scaling: the standard deviation, or 1 for a column that is constant.
+
+        What rounding alone leaves of a constant's variance is some 1e-32 mean^2; a timestamp's
+        spread may be small beside it, too.
+        """
+        return math.sqrt(self.variance) if self.variance > 1e-26 * self.mean**2 else 1.0
 
     def __add__(self, other: Number) -> Number:
         """The statistics of both sets of values (Chan, Golub and LeVeque 1979, equation 2.1).
@@ -99,24 +103,40 @@ class Columns:
 
     @property
     def kind(self) -> Hashable:
-        """The facts in which all parties' columns agree: names and roles, not statistics."""
-        numbers = tuple(column.name for column in self.numbers)
-        categories = tuple(column.name for column in self.categories)
+        """The facts in which all parties' columns agree: names and roles, not statistics.
+
+        Nor the order of the columns: each party finds its own by their names.
+        """
+        numbers = frozenset(column.name for column in self.numbers)
+        categories = frozenset(column.name for column in self.categories)
         return numbers, categories, self.target is not None, self.scaled
 
     def __add__(self, other: Columns) -> Columns:
-        """The statistics of both parties' rows; `other` is of the same kind."""
+        """The statistics of both parties' rows; `other` is of the same kind.
+
+        The columns are in the parties' order, or by name where they differ in it.
+        """
         target = None
         if self.target and other.target:
             target = self.target + other.target
-        numbers = zip(self.numbers, other.numbers, strict=True)
-        categories = zip(self.categories, other.categories, strict=True)
         return Columns(
-            numbers=tuple(mine + theirs for mine, theirs in numbers),
-            categories=tuple(mine + theirs for mine, theirs in categories),
+            numbers=_add_by_name(self.numbers, other.numbers),
+            categories=_add_by_name(self.categories, other.categories),
             target=target,
             scaled=self.scaled,
         )
+
+
+C = TypeVar("C", Number, Category)
+
+
+def _add_by_name(mine: tuple[C, ...], theirs: tuple[C, ...]) -> tuple[C, ...]:
+    names = [column.name for column in mine]
+    if names != [column.name for column in theirs]:
+        names.sort()
+    of_mine = {column.name: column for column in mine}
+    of_theirs = {column.name: column for column in theirs}
+    return tuple(of_mine[name] + of_theirs[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -274,10 +294,13 @@ def _merge(a: Schema, b: Schema) -> Schema:
         input_shape = (len(columns.inputs),)
         target_shape = input_shape if a.target_shape else ()
 
-    # Classes go by name where they have one, else by number.
-    classes = tuple(sorted({*a.classes, *b.classes}))
+    # Classes go by name where they have one, else by number; in the order that both have, if any.
+    classes = a.classes if a.classes == b.classes else tuple(sorted({*a.classes, *b.classes}))
     num_classes = len(classes) or max(a.num_classes, b.num_classes)
-    class_counts = _add_class_counts(a, b) if a.class_counts and b.class_counts else ()
+    class_counts: tuple[int, ...] = ()
+    if a.class_counts and b.class_counts:
+        totals = _count_classes(a) + _count_classes(b)
+        class_counts = tuple(totals[name] for name in classes or range(num_classes))
 
     return replace(
         a,
@@ -290,10 +313,7 @@ def _merge(a: Schema, b: Schema) -> Schema:
     )
 
 
-def _add_class_counts(a: Schema, b: Schema) -> tuple[int, ...]:
-    total: Counter[Any] = Counter()
-    for schema in (a, b):
-        classes = schema.classes or range(schema.num_classes)
-        counts = dict(zip(classes, schema.class_counts, strict=True))
-        total.update(counts)
-    return tuple(total[name] for name in sorted(total))
+def _count_classes(schema: Schema) -> Counter[Any]:
+    """The training examples of each class, by its name or number."""
+    classes = schema.classes or range(schema.num_classes)
+    return Counter(dict(zip(classes, schema.class_counts, strict=True)))

@@ -107,16 +107,16 @@ def _read_file(path: Path, config: DataSection) -> Table | Dataset:
         return sequences_dataset(records, config.label, str(path))
 
     # Columns without a role are not read: what they hold does not matter.
-    roles = assign_roles(config, read_names(path), str(path))
-    return make_table(read_columnar(path, roles.used), config, str(path))
+    names = read_names(path)
+    roles = assign_roles(config, names, str(path))
+    return make_table(read_columnar(path, roles.used), config, str(path), names)
 
 
 def _read_csv(path: Path, config: DataSection) -> Table:
     delimiter = usual_delimiter(path, config.delimiter)
     header = read_header(path, delimiter, config.encoding)
     roles = assign_roles(config, header, str(path))
-    text_columns = [name for name in header if name not in roles.numbers]
-    frame = read_csv(path, text_columns, delimiter, config.encoding)
+    frame = read_csv(path, delimiter, config.encoding, numeric=roles.numbers)
     return make_table(frame, config, str(path))
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.data.encoding import encode_inputs
+from shared.data.identifiers import check_no_identifiers
 from shared.data.readers.files import iterate_chunks, read_names
 from shared.data.readers.kinds import table_parts
 from shared.data.roles import assign_roles
@@ -46,6 +47,8 @@ def stream_table(path: Path, config: DataSection) -> Table:
     for chunk in iterate_chunks(path, roles.used, CHUNK_ROWS):
         attributes = attributes or dict(chunk.attrs)
         checked = check_columns(chunk, roles, config, source)
+        if not (parts or config.features):
+            check_no_identifiers(checked, roles, source)
         parts.append(checked[roles.non_features])
     if not parts:
         raise ValueError(f"{path} holds no examples. Give it at least one.")

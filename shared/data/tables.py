@@ -8,6 +8,7 @@ chunk by chunk.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from shared.data.checks import (
-    as_categories,
     as_numbers,
     as_targets,
     check_complete,
     check_ids,
     check_weights,
+    number_columns,
 )
-from shared.data.roles import Roles, assign_roles
+from shared.data.identifiers import check_no_identifiers
+from shared.data.roles import Roles, assign_roles, parse_names
+from shared.data.values import Notation, as_names, as_plain
 from shared.experiment import DataSection
 
 if TYPE_CHECKING:
@@ -74,16 +77,21 @@ class Table:
         return None if self.is_regression else _numbered(self.frame[self.roles.label])
 
 
-def make_table(frame: pd.DataFrame, config: DataSection, source: str) -> Table:
+def make_table(
+    frame: pd.DataFrame, config: DataSection, source: str, columns: Sequence[str] = ()
+) -> Table:
     """Returns the checked table of the columns that have a role.
 
-    `source` names the file in messages. Raises ValueError, naming column and row.
+    `source` names the file in messages. `columns`: all that it has, if some of those without a
+    role are not in `frame`. Raises ValueError, naming column and row.
     """
     if len(frame) == 0:
         raise ValueError(f"{source} holds no examples. Give it at least one.")
-    names = [str(name) for name in frame.columns]
+    names = columns or [str(name) for name in frame.columns]
     roles = assign_roles(config, names, source)
     checked = check_columns(frame, roles, config, source)
+    if not config.features:
+        check_no_identifiers(checked, roles, source)
     return assemble_table(checked, roles, config, source)
 
 
@@ -95,20 +103,24 @@ def check_columns(
     Features may have gaps if data.missing = "fill". Checks each row by itself, so that a table can
     be checked in parts. Raises ValueError, naming column and row.
     """
-    frame = frame[roles.used].copy()
-    for name in roles.numbers:
-        frame[name] = as_numbers(frame[name], source)
-    for name in roles.categories:
-        frame[name] = as_categories(frame[name])
+    import pandas as pd
 
-    may_have_gaps = roles.features if config.missing == "fill" else []
-    for name in frame.columns.difference(may_have_gaps):
-        check_complete(frame[name], source)
-
+    notation = Notation.of(config)
+    numbers = number_columns(frame[list(roles.numbers)], source, notation)
+    columns = {name: as_names(frame[name], notation) for name in roles.categories}
+    for name in roles.non_features:
+        columns[name] = as_plain(frame[name], notation)
     if roles.weight:
-        frame[roles.weight] = as_numbers(frame[roles.weight], source)
-        check_weights(frame[roles.weight], source)
-    return frame
+        columns[roles.weight] = as_numbers(frame[roles.weight], source, notation)
+        check_weights(columns[roles.weight], source)
+
+    checked = pd.concat([numbers, pd.DataFrame(columns, frame.index)], axis=1)
+    checked.attrs = dict(frame.attrs)
+    may_have_gaps = set(roles.features if config.missing == "fill" else ())
+    for name in checked.columns[checked.isna().any()]:
+        if name not in may_have_gaps:
+            check_complete(checked[name], frame[name], source)
+    return checked
 
 
 def assemble_table(
@@ -128,7 +140,10 @@ def assemble_table(
 
     is_regression = True
     if roles.label:
-        checked[roles.label], is_regression = as_targets(checked[roles.label], task, source)
+        raw, classes = checked[roles.label], parse_names(config.classes)
+        targets, is_regression = as_targets(raw, task, classes, source, Notation.of(config))
+        check_complete(targets, raw, source)
+        checked[roles.label] = targets
     return Table(checked, roles, config, source, is_regression, file)
 
 

@@ -28,20 +28,30 @@ class DataSection(Section):
     """Those of them that hold categories, each of which becomes an input of 0 or 1."""
     weight: str = ""
     """The column of sample weights."""
+    ignore: str = ""
+    """Columns that are no features where data.features is empty: row numbers, notes."""
     id: str = ""
     """The column that identifies an example: never learnt from, and without duplicates."""
     group: str = ""
     """The column of groups (a patient, a document): no group is in two splits, or at two silos."""
 
+    classes: str = ""
+    """All classes by name, in the order of the model's outputs; empty: those that occur."""
     scaling: Literal["auto", "none", "standard"] = "auto"
     """auto: numbers of tables as standard deviations."""
     missing: Literal["refuse", "fill"] = "refuse"
     """fill: numbers with the mean of the training examples, categories with none."""
+    missing_codes: str = ""
+    """Further codes of a gap, beside the usual ones: "999, unknown"."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: all classes have the same weight in training."""
 
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     """Of CSV files."""
+    decimal: Literal[".", ","] = "."
+    """The decimal sign of numbers in text."""
+    thousands: Literal["", ",", ".", " ", "'"] = ""
+    """The sign between their thousands; empty: none."""
     encoding: str = "utf-8"
     """Of text files."""
     sequence_length: Annotated[int, Field(ge=2, le=MAX_INTEGER)] = 128
@@ -73,5 +83,21 @@ class DataSection(Section):
             message=(
                 "data.test_fraction + data.validation_fraction must be below 1; received"
                 f" {held_out:g}. Lower one of them."
+            ),
+        )
+        yield Rule(
+            is_broken=self.decimal == self.thousands,
+            keys=("data.decimal", "data.thousands"),
+            message=(
+                "data.decimal and data.thousands must be different signs; received"
+                f" {self.decimal!r} for both. Change one of them."
+            ),
+        )
+        yield Rule(
+            is_broken=bool(self.classes) and self.task in ("regression", "reconstruction"),
+            keys=("data.classes", "data.task"),
+            message=(
+                f"data.classes is for a classification; received data.task = {self.task!r}. Leave"
+                " one of them out."
             ),
         )

@@ -245,6 +245,7 @@ def kill(consortium: Consortium, victim: str) -> list[psutil.Process]:
     return ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "victims",
     [VICTIMS, *(pytest.param((victim,) * 3, marks=pytest.mark.slow) for victim in VICTIMS)],
@@ -276,6 +277,7 @@ def test_rounds_in_which_the_cluster_is_killed_end_as_undisturbed_ones(
     assert max_difference(final_weights(tmp_path / "run"), final_weights(tmp_path / "here")) <= 1e-5
 
 
+@pytest.mark.slow
 def test_ranks_that_are_lost_between_runs_are_there_again_before_the_next(
     consortium: Consortium,
 ) -> None:
@@ -350,6 +352,7 @@ def test_a_cluster_silo_that_is_ended_without_a_coordinator_leaves_no_process(
         assert "has left the federation" in output
 
 
+@pytest.mark.slow
 def test_a_cluster_that_cannot_be_started_is_told(starter) -> None:
     silo = start_cluster_silo(starter, "--hosts", "no-such-host.invalid:2")
     output = finished(silo, 200)

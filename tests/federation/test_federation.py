@@ -186,6 +186,7 @@ def test_ctrl_c_shuts_everything_down(starter, tmp_path: Path, phase: str) -> No
     assert not (run / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_is_named_soon_and_loopback_needs_no_proxy(
     starter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

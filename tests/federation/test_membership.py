@@ -57,21 +57,25 @@ def crowded(superlink: Consortium, tmp_path_factory: pytest.TempPathFactory) -> 
     return Crowded(output, found)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_its_quorum_goes_on_whoever_connects(crowded: Crowded) -> None:
     assert "round 9/9" in crowded.output, crowded.output
     assert set().union(*crowded.cohorts) == {"silo-0", "silo-1"}
 
 
+@pytest.mark.slow
 def test_a_newcomer_without_usable_data_is_left_out_by_name(crowded: Crowded) -> None:
     reason = " is left out: silo 'newcomer' refuses: its data or settings cannot be used"
     assert crowded.output.count(reason) == 1, crowded.output
 
 
+@pytest.mark.slow
 def test_a_newcomer_with_a_name_in_use_is_left_out_by_name(crowded: Crowded) -> None:
     reason = " is left out: the name 'silo-0' is that of a connected silo"
     assert crowded.output.count(reason) == 1, crowded.output
 
 
+@pytest.mark.slow
 def test_a_silo_that_is_killed_and_restarted_takes_part_again(crowded: Crowded) -> None:
     assert "silo 'silo-1' is left out of the round" in crowded.output, crowded.output
     assert crowded.cohorts[-1] == ["silo-0", "silo-1"]
@@ -111,13 +115,14 @@ def counted(superlink: Consortium, tmp_path_factory: pytest.TempPathFactory) -> 
         assert "round 1/1" in finished(superlink.start_run(first))  # TensorFlow is there now
         run = superlink.start_run(e)
         lines_until(run, "round 2/14")
-        os.kill(superlink.worker("killed"), signal.SIGKILL)
-        lines_until(run, "round 4/14")
-
         frozen = superlink.worker("late")
         os.kill(frozen, signal.SIGSTOP)
         lines_until(run, "silo 'late' is left out of the round: no answer within")
         os.kill(frozen, signal.SIGCONT)
+
+        # Afterwards: there is always one silo that answers, however long a worker's start takes.
+        lines_until(run, "round 6/14")
+        os.kill(superlink.worker("killed"), signal.SIGKILL)
         output = finished(run)
     assert "round 14/14" in output, output
     counts: dict[str, list[float]] = {"killed": [], "late": []}
@@ -126,6 +131,7 @@ def counted(superlink: Consortium, tmp_path_factory: pytest.TempPathFactory) -> 
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silo", ["killed", "late"])
 def test_killed_workers_and_late_replies_neither_lose_nor_double_a_silos_state(
     counted: dict, silo: str

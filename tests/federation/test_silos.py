@@ -80,6 +80,7 @@ def queued(superlink: Consortium, tmp_path_factory: pytest.TempPathFactory) -> d
     return {name: Run(folders[name] / "run", finished(run)) for name, run in runs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUEUED)
 def test_two_runs_queued_on_one_superlink_each_end_as_if_alone(
     superlink: Consortium, queued: dict[str, Run], tmp_path: Path, name: str

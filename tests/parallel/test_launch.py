@@ -105,6 +105,7 @@ def test_four_ranks_find_each_other_again_and_again():
             ]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_told_from_one_that_computes(
     job: RankJob, monkeypatch: pytest.MonkeyPatch
 ):
@@ -116,6 +117,7 @@ def test_a_rank_that_hangs_is_told_from_one_that_computes(
     assert pids() == set()
 
 
+@pytest.mark.slow
 def test_a_stranger_at_the_port_is_not_taken_for_a_rank(
     any_job: RankJob, monkeypatch: pytest.MonkeyPatch
 ):

@@ -285,7 +285,10 @@ BAD_CSV = {
     "empty file": ("", ["is empty", "a header line and at least one row"]),
     "only line ends": ("\n\n", ["is empty", "a header line and at least one row"]),
     "header without rows": ("a,label\n", ["holds no examples", "at least one"]),
-    "only the label column": ("label\n1\n", ["only the label column", "Add at least one feature"]),
+    "no column is left to learn from": (
+        "label\n1\n",
+        ["no column is left to learn from", "Add at least one feature"],
+    ),
     "missing feature": ("a,label\n1,0\n,1\n", ["'a' has no value in line 3", "take the rows out"]),
     "missing label": (
         "a,label\n1,0\n2,\n",
@@ -297,7 +300,7 @@ BAD_CSV = {
     ),
     "one long row": ("a,label\n1,0\n1,2,3\n", ["line 3 has 3 fields where the header has 2"]),
     "only long rows": ("a,label\n0,5,1\n1,7,0\n", ["line 2 has 3 fields where the header has 2"]),
-    "no text": (b"\xff\xfe\x00\x01", ["is not in the encoding 'utf-8'"]),
+    "no text": (b"\xf8\xfe\x00\x01", ["is not in the encoding 'utf-8'"]),
     "open quote": ('a,label\n"1,2\n', ["line 2 has 1 fields where the header has 2"]),
     "infinite feature": ("a,label\ninf,0\n", ["'a' must be finite", "received inf in line 2"]),
     "infinite label": ("a,label\n1,inf\n", ["'label'", "received inf in line 2"]),

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -58,7 +59,9 @@ def fields_listed(message: str) -> set[str]:
 
 def test_the_page_lists_every_field_that_leaves_a_silo(tmp_path: Path):
     """Of a silo with all that a schema can hold, asked by the real handlers."""
-    frame = pd.DataFrame({"age": range(40), "sex": ["f", "m"] * 20, "score": [0.5, 1.25] * 20})
+    frame = pd.DataFrame(
+        {"age": np.arange(40) / 2, "sex": ["f", "m"] * 20, "score": [0.5, 1.25] * 20}
+    )
     frame.to_csv(tmp_path / "a.csv", index=False)
     data = {"label": "score", "categorical": "sex"}
     flat = {"model.name": "linear", **{f"data.{key}": value for key, value in data.items()}}

@@ -40,7 +40,7 @@ def load(tmp_path: Path) -> Callable[..., Experiment]:
         ),
         ("[optimiser]", ["'optimiser'", "Did you mean 'optimizer'?"]),
         ("[cluster]", ["'cluster'", "Known sections and keys: name, seed, data, model"]),
-        ("[data.inner]\nname = 'wine'", ["'data.inner'", "Known keys of [data]: name, label"]),
+        ("[data.others]\nname = 'wine'", ["'data.others'", "Known keys of [data]: name, label"]),
         ("data = 'wine'", ["data is a section", "'wine'", "data.name", "below a line [data]"]),
         (
             "[[data]]\nname = 'wine'",

@@ -17,6 +17,16 @@ RULES = {
         ["below 1", "received 1.1"],  # 0.6 + 0.5
         [{"data.test_fraction": 0.4}, {"data.validation_fraction": 0.3}],
     ),
+    "one sign for two things": (
+        {"data.decimal": ",", "data.thousands": ","},
+        ["must be different signs", "','"],
+        [{"data.decimal": "."}, {"data.thousands": ""}],
+    ),
+    "classes of a regression": (
+        {"data.classes": "low, high", "data.task": "regression"},
+        ["data.classes is for a classification", "'regression'"],
+        [{"data.classes": ""}, {"data.task": "auto"}],
+    ),
     "predivide factor": (
         {"training.aggregation": "adasum", "performance.predivide_factor": 2.0},
         ["splits an average", "received 2", "adasum"],

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -124,7 +125,7 @@ def test_a_column_without_values_is_left_out(tmp_path: Path):
     frame.to_parquet(tmp_path / "t.parquet")
     inspection = inspect_file(tmp_path / "t.parquet")
     assert inspection.columns[1].role == "left out: empty"
-    assert inspection.keys["features"] == "x"
+    assert inspection.keys["ignore"] == "nothing"
 
 
 def test_names_with_quotes_are_read_back():
@@ -178,8 +179,8 @@ def test_the_readmes_three_commands_train_a_model_on_a_file_of_ones_own(tmp_path
     assert block is not None
     setup, inspect, train = (shlex.split(line, comments=True) for line in block[1].splitlines())
     assert setup == ["make", "setup"]
-    frame = pd.DataFrame({"x": range(120), "colour": ["red", "blue"] * 60})
-    frame["outcome"] = ["late" if x > 60 else "early" for x in frame["x"]]
+    frame = pd.DataFrame({"x": np.arange(120) / 2, "colour": ["red", "blue"] * 60})
+    frame["outcome"] = ["late" if x > 30 else "early" for x in frame["x"]]
     frame.to_csv(tmp_path / "mine.csv", index=False)
     for command in (inspect, train):
         assert command[0] == ".venv/bin/archipelago"

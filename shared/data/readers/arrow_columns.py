@@ -22,8 +22,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shared.data.checks import check_unique_names
-
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
@@ -37,12 +35,8 @@ class Unusable(Exception):
     """A column that cannot be in a table; its text says what it holds."""
 
 
-def column_names(names: Sequence[str], source: str) -> list[str]:
-    """Returns the names of a table's columns, without those of an index that has no name.
-
-    Raises ValueError if two are equal.
-    """
-    check_unique_names(names, source)
+def column_names(names: Sequence[str]) -> list[str]:
+    """Returns the names of a table's columns, without those of an index that has no name."""
     return [name for name in names if not name.startswith(UNNAMED_INDEX)]
 
 

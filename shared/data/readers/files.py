@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.data.checks import check_unique_names
 from shared.data.readers.arrow_columns import column_names, make_frame, make_usable_frame
 from shared.data.readers.arrow_files import arrow_chunks, arrow_names, read_arrow
 from shared.data.readers.kinds import kind_of, table_parts
 from shared.data.readers.parquet_files import parquet_chunks, parquet_names, read_parquet
 from shared.data.readers.tfrecord_files import read_tfrecord, tfrecord_chunks, tfrecord_names
+from shared.data.roles import canonical_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,9 +43,9 @@ def read_names(path: Path) -> list[str]:
     parts have other columns.
     """
     parts = table_parts(path)
-    names = column_names(_reader(parts[0]).names(parts[0]), str(path))
+    names = list(_raw_names(parts[0]))
     for part in parts[1:]:
-        others = column_names(_reader(part).names(part), str(part))
+        others = list(_raw_names(part))
         different = set(names) ^ set(others)
         if different and kind_of(part) != "tfrecord":
             raise ValueError(
@@ -75,9 +77,12 @@ def iterate_chunks(path: Path, names: Sequence[str], num_rows: int) -> Iterator[
     """Yields what `read_columnar` reads, at most `num_rows` at a time; the index runs on."""
     first = 1
     for part in table_parts(path):
-        for chunk in _reader(part).chunks(part, names, num_rows):
+        raw_names = _raw_names(part)
+        wanted = [raw_names.get(name, name) for name in names]
+        for chunk in _reader(part).chunks(part, wanted, num_rows):
             if len(chunk):
-                yield _with_row_numbers(make_frame(chunk, names, str(path)), first)
+                frame = make_frame(_renamed(chunk, names), names, str(path))
+                yield _with_row_numbers(frame, first)
             first += len(chunk)
 
 
@@ -85,10 +90,27 @@ def _reader(part: Path) -> Reader:
     return READERS[kind_of(part)]
 
 
+def _raw_names(part: Path) -> dict[str, str]:
+    """A file's columns by their names in the table: each as it stands in the file."""
+    raw_names = column_names(_reader(part).names(part))
+    names = [canonical_name(name) for name in raw_names]
+    check_unique_names(names, str(part))
+    return dict(zip(names, raw_names, strict=True))
+
+
+def _renamed(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    renamed = table.rename_columns(list(names))
+    return renamed.replace_schema_metadata(table.schema.metadata)
+
+
 def _read_whole(path: Path, names: Sequence[str]) -> pa.Table:
     import pyarrow as pa
 
-    tables = [_reader(part).whole(part, names) for part in table_parts(path)]
+    tables = []
+    for part in table_parts(path):
+        raw_names = _raw_names(part)
+        table = _reader(part).whole(part, [raw_names.get(name, name) for name in names])
+        tables.append(_renamed(table, names))
     if len(tables) == 1:
         return tables[0]
     try:
