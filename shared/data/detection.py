@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.data.readers.csv_files import DELIMITERS, declared_delimiter
-from shared.data.readers.kinds import open_bytes
+from shared.data.readers.kinds import open_bytes, open_text
 from shared.data.values import Notation, parse_numbers, text_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def detect_dialect(path: Path) -> dict[str, str]:
     if encoding != "utf-8":
         dialect["encoding"] = encoding
 
-    header = content.decode(encoding).removeprefix("\ufeff").partition("\n")[0]
+    with open_text(path, encoding) as text:
+        header = text.readline()
     delimiter = declared_delimiter(path, encoding)
     delimiter = delimiter or max(DELIMITERS, key=header.count)  # "," if the header has none
     if delimiter != ",":

@@ -117,6 +117,8 @@ def _parse_cleaned(text: pa.Array, notation: Notation) -> tuple[np.ndarray, np.n
     text = compute.replace_substring(text, MINUS_SIGN, "-")
     is_number = compute.match_substring_regex(text, notation.pattern)
     is_text = compute.fill_null(compute.invert(is_number), False)
+    if not compute.any(is_number).as_py():
+        return np.full(len(text), np.nan), is_text.to_numpy(zero_copy_only=False)
 
     numerals = compute.if_else(is_text, pa.scalar(None, pa.large_string()), text)
     for sign in THOUSANDS.get(notation.thousands, notation.thousands):
