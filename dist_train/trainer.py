@@ -37,7 +37,7 @@ from shared.training import (
     evaluation_batches,
     fit_epochs,
 )
-from shared.zoo import build_model
+from shared.zoo import build_model, check_own_model
 
 
 def train(experiment: Experiment, communicator: Communicator, verbose: int = 0) -> dict[str, Any]:
@@ -170,6 +170,7 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
         augmentation=augmentation_of(data, splits.schema.input_shape),
     )
 
+    check_own_model(experiment.model, splits.schema)
     model = build_model(experiment.model, splits.schema, experiment.seed)
     compile_for_ranks(model, experiment, splits.schema, len(batches), communicator)
     model.optimizer.build(model.trainable_variables)
