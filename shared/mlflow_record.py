@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.data import Schema
@@ -94,9 +95,7 @@ class MlflowRecord:
         self.record.abort(error)
         if not self.run_id:
             return
-        is_error = isinstance(error, Exception)
-        status = "FAILED" if is_error else "KILLED"
-        self._try(lambda: self.client.set_terminated(self.run_id, status))
+        self._try(lambda: self.client.set_terminated(self.run_id, _status_after(error)))
         self.run_id = ""
 
     def _connect(self) -> tuple[Any, str]:
@@ -126,7 +125,7 @@ class MlflowRecord:
         path = self.directory / MLFLOW_RUN
         if not (self.experiment.run.resume and path.is_file()):
             return None
-        run_id: str = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+        run_id = _noted_run_id(path)
         client.update_run(run_id, status="RUNNING")
         return run_id
 
@@ -184,6 +183,40 @@ class MlflowRecord:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def end_for_killed_process(experiment: Experiment, error: BaseException) -> None:
+    """Ends MLflow's run of the experiment if it is still RUNNING, for a process that was killed.
+
+    `error` is what ended the run where that process was started. Raises nothing.
+    """
+    path = experiment.run_directory / MLFLOW_RUN
+    if not experiment.run.mlflow or not path.is_file():
+        return
+    try:
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=experiment.run.mlflow)
+        run_id = _noted_run_id(path)
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, _status_after(error))
+    except Exception as failure:  # no client here, or no server
+        print(
+            f"MLflow at {experiment.run.mlflow} may take this run for one that goes on"
+            f" ({_first_line(failure)})",
+            file=sys.stderr,
+        )
+
+
+def _noted_run_id(path: Path) -> str:
+    """The id of MLflow's run, which its record has noted in the run directory."""
+    run_id: str = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+    return run_id
+
+
+def _status_after(error: BaseException) -> str:
+    """MLflow's word for a run that an error ended, or Ctrl-C or a signal."""
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
 
 
 def _end_by_exception() -> None:

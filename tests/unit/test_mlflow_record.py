@@ -17,7 +17,7 @@ from dist_train.collectives import LocalCommunicator
 from dist_train.trainer import train
 from shared.data import Schema
 from shared.experiment import Experiment, experiment_from_flat
-from shared.mlflow_record import MlflowRecord, make_record
+from shared.mlflow_record import MlflowRecord, end_for_killed_process, make_record
 from shared.run_record import aborted_on_error
 
 
@@ -201,6 +201,22 @@ def test_an_open_record_is_failed_by_any_error(in_database: Path):
 
     _, run = logged_run(in_database)
     assert run.info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "KILLED"), (ValueError(), "FAILED")]
+)
+def test_a_run_whose_process_was_killed_is_ended_by_the_one_that_started_it(
+    in_database: Path, error: BaseException, status: str
+):
+    make_record(experiment(in_database), "flower", "round").open()
+    end_for_killed_process(experiment(in_database), error)
+    _, run = logged_run(in_database)
+    assert run.info.status == status
+
+    end_for_killed_process(experiment(in_database), SystemExit())
+    _, run = logged_run(in_database)
+    assert run.info.status == status  # it had ended already
 
 
 def test_a_run_that_is_refused_before_it_begins_is_none_of_mlflows(in_folder: Path):
