@@ -6,10 +6,9 @@ reported at once, and some are not installed.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -122,10 +121,11 @@ def _predict_onnx(path: Path, inputs: Inputs) -> np.ndarray:
 def _save_tflite(model: keras.Model, path: Path) -> None:
     import tensorflow as tf
 
+    from shared.export.recurrent import unrolled
     from shared.zoo.own import describe_error
 
     with tempfile.TemporaryDirectory() as folder:
-        with _unrolled(model):
+        with unrolled(model):
             _save_savedmodel(model, Path(folder))
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
         try:
@@ -136,26 +136,6 @@ def _save_tflite(model: keras.Model, path: Path) -> None:
                 "the converter has no TFLite operation for TensorFlow's"
                 f" {', '.join(lacking) or describe_error(error)}"
             ) from error
-
-
-@contextlib.contextmanager
-def _unrolled(model: keras.Model) -> Iterator[None]:
-    """Has recurrent layers run step by step, without a loop, within the block.
-
-    TFLite has no counterpart of the lists of tensors that TensorFlow's loop keeps its steps in
-    where the number of examples is open.
-    """
-    import keras
-
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN)]
-    settings = [layer.unroll for layer in layers]
-    for layer in layers:
-        layer.unroll = True
-    try:
-        yield
-    finally:
-        for layer, setting in zip(layers, settings, strict=True):
-            layer.unroll = setting
 
 
 def _predict_tflite(path: Path, inputs: Inputs) -> np.ndarray:

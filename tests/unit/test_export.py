@@ -179,7 +179,7 @@ def test_an_export_that_is_interrupted_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("layer", "schema"),
     [
-        ("LSTM", Schema((5, 3), 2)),
+        ("LSTM", Schema((6,), 2, vocabulary_size=9)),
         *(
             pytest.param(layer, schema, marks=pytest.mark.slow)
             for layer in ("LSTM", "GRU", "SimpleRNN")
@@ -190,7 +190,9 @@ def test_an_export_that_is_interrupted_leaves_nothing_behind(
 def test_recurrent_layers_are_exported_and_the_command_stays_quiet(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], layer: str, schema: Schema
 ):
-    """In both directions and one after the other; ids with a mask. TFLite takes no loop."""
+    """In both directions and one after the other; ids with a mask, which Keras's own unrolling
+    takes the wrong way round in the layer that goes backwards. TFLite takes no loop.
+    """
     run = finished_run(
         tmp_path / "run",
         schema,
@@ -213,7 +215,7 @@ def test_recurrent_layers_are_exported_and_the_command_stays_quiet(
     outputs = np.asarray(saved_model(config, schema, run / "model.keras")(x), np.float64)
     expected = np.exp(outputs) / np.exp(outputs).sum(axis=-1, keepdims=True)
     received = FORMATS["tflite"].predict(run / "export.tflite", {"x": x})
-    np.testing.assert_allclose(received, expected, atol=1e-4)
+    np.testing.assert_allclose(received, expected, atol=1e-6)
 
 
 def test_what_tflite_has_no_operation_for_is_one_sentence(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dist_train.trainer import train
 from fl_app.simulation.exchange import exchange_of_silos
 from shared.data import Schema
 from shared.data.schema import schema_from_json
-from shared.experiment import Experiment, ModelSection, experiment_from_flat
+from shared.experiment import Experiment, ModelSection, experiment_from_flat, load_experiment
 from shared.export import FORMATS, export
 from shared.report.__main__ import main as report
 from shared.run_record import read_metrics, read_result
@@ -53,25 +54,22 @@ def experiment(directory: Path, builder: str, **keys: Any) -> Experiment:
 def saved(directory: Path) -> keras.Model:
     """The model of a run, as an export reads it."""
     schema = schema_from_json(json.loads((directory / "schema.json").read_text()))
-    config = experiment(directory, UNKNOWN_TO_KERAS).model
-    name = (directory / "experiment.toml").read_text().partition("tests.own_models:")[2]
-    builder = name.partition('"')[0]
-    return saved_model(
-        config.model_copy(update={"name": own(builder)}), schema, directory / "model.keras"
-    )
+    config = load_experiment(directory / "experiment.toml").model
+    return saved_model(config, schema, directory / "model.keras")
+
+
+def quick(builders: Iterable[str], *names: str) -> list[Any]:
+    """The builders as parameters: those of these names in the quick suite, the others slow."""
+    return [
+        pytest.param(builder, marks=() if builder in names else pytest.mark.slow)
+        for builder in builders
+    ]
 
 
 # --- trained, restored as best, resumed, reported
 
 
-@pytest.mark.parametrize(
-    "builder",
-    [
-        pytest.param(builder, marks=() if builder in (UNKNOWN_TO_KERAS, SUBCLASS) else SLOW)
-        for SLOW in [pytest.mark.slow]
-        for builder in OWN
-    ],
-)
+@pytest.mark.parametrize("builder", quick(OWN, UNKNOWN_TO_KERAS, SUBCLASS))
 def test_an_own_model_ends_with_the_weights_of_its_best_epoch(tmp_path: Path, builder: str):
     """With steps this large the best epoch is not the last one."""
     run_keys = {"optimizer__name": "sgd", "optimizer__learning_rate": 5.0}
@@ -86,7 +84,7 @@ def test_an_own_model_ends_with_the_weights_of_its_best_epoch(tmp_path: Path, bu
     assert weights_sha256(saved(tmp_path / "run").get_weights()) == written["weights_sha256"]
 
 
-@pytest.mark.parametrize("builder", [SUBCLASS, pytest.param(OWN[0], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("builder", quick([UNKNOWN_TO_KERAS, SUBCLASS], SUBCLASS))
 def test_a_resumed_run_of_an_own_model_ends_as_the_undisturbed_one(tmp_path: Path, builder: str):
     train(experiment(tmp_path / "whole", builder, training__epochs=2), LocalCommunicator())
     train(experiment(tmp_path / "parts", builder, training__epochs=1), LocalCommunicator())
@@ -94,10 +92,6 @@ def test_a_resumed_run_of_an_own_model_ends_as_the_undisturbed_one(tmp_path: Pat
     train(resumed, LocalCommunicator())
     whole, parts = (read_result(tmp_path / name) for name in ("whole", "parts"))
     assert whole["weights_sha256"] == parts["weights_sha256"]
-
-    page = tmp_path / "report.html"
-    assert report([str(tmp_path / "whole"), str(tmp_path / "parts"), "-o", str(page)]) == 0
-    assert "parts" in page.read_text()
 
 
 def test_an_own_model_is_trained_over_silos(tmp_path: Path):
@@ -153,6 +147,13 @@ def test_an_own_model_is_exported(
     form = FORMATS[format_name]
     path = export(finished[builder], format_name, tmp_path / f"export{form.suffix}")
     assert path.exists()
+
+
+@pytest.mark.slow
+def test_an_own_model_is_reported(finished: dict[str, Path], tmp_path: Path):
+    page = tmp_path / "report.html"
+    assert report([*map(str, finished.values()), "-o", str(page)]) == 0
+    assert SUBCLASS in page.read_text()
 
 
 def test_keras_takes_registered_classes_alone_and_a_refusal_says_so(
