@@ -17,6 +17,7 @@ from shared.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.early_stopping import Best
 from shared.experiment import Experiment
 from shared.zoo.adapters import adapter_weights
+from shared.zoo.own import load_saved_weights
 
 BEST_MODEL = "best.keras"
 BEST_WEIGHTS = "best.npz"  # of a model with adapters, which Keras merges into what it saves
@@ -114,13 +115,17 @@ def save_best(directory: Path, model: keras.Model) -> None:
 
 
 def read_best(directory: Path, model: keras.Model) -> list[np.ndarray]:
-    """Returns the weights that `save_best` has written last, of a model like this one."""
+    """Returns the weights that `save_best` has written last, of a model like this one.
+
+    The model has them too then, and its optimizer that epoch's variables.
+    """
     if adapter_weights(model):
         with np.load(directory / BEST_WEIGHTS) as file:
             return [file[f"arr_{i}"] for i in range(len(file))]
 
-    best_model = keras.models.load_model(directory / BEST_MODEL, compile=False)
-    weights: list[np.ndarray] = best_model.get_weights()
+    # Not by loading the model in it: Keras may not know the classes of the user's own.
+    load_saved_weights(model, directory / BEST_MODEL)
+    weights: list[np.ndarray] = model.get_weights()
     return weights
 
 

@@ -27,7 +27,7 @@ from shared.data import Dataset, Schema, Splits, load_examples, shard, split
 from shared.experiment import Experiment
 from shared.mlflow_record import make_record
 from shared.outcome import outcome
-from shared.run_record import CHECKPOINT, NullRecord, Record
+from shared.run_record import CHECKPOINT, NullRecord, Record, aborted_on_error
 from shared.training import (
     EpochBatches,
     LearningRate,
@@ -37,7 +37,7 @@ from shared.training import (
     evaluation_batches,
     fit_epochs,
 )
-from shared.zoo import build_model
+from shared.zoo import build_model, check_own_model
 
 
 def train(experiment: Experiment, communicator: Communicator, verbose: int = 0) -> dict[str, Any]:
@@ -55,13 +55,14 @@ def train(experiment: Experiment, communicator: Communicator, verbose: int = 0) 
     runtime = "horovod" if communicator.world_size > 1 else "single"
     writer: Record = make_record(experiment, runtime, step_name="epoch")
     record = communicator.on_root(writer, NullRecord(experiment.run_directory))
-    agree(communicator, record.open)
+    with aborted_on_error(record):
+        agree(communicator, record.open)
 
-    # Train, from the beginning or from the checkpoint on.
-    progress = _restore(job, record) if experiment.run.resume else _begin(job, record)
-    if not progress.stopped_early:
-        progress = _fit(job, record, progress, verbose)
-    return _finish(job, record, progress)
+        # Train, from the beginning or from the checkpoint on.
+        progress = _restore(job, record) if experiment.run.resume else _begin(job, record)
+        if not progress.stopped_early:
+            progress = _fit(job, record, progress, verbose)
+        return _finish(job, record, progress)
 
 
 # --- settings that depend on the ranks
@@ -169,6 +170,7 @@ def _build(experiment: Experiment, communicator: Communicator) -> _Job:
         augmentation=augmentation_of(data, splits.schema.input_shape),
     )
 
+    check_own_model(experiment.model, splits.schema)
     model = build_model(experiment.model, splits.schema, experiment.seed)
     compile_for_ranks(model, experiment, splits.schema, len(batches), communicator)
     model.optimizer.build(model.trainable_variables)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.data import Schema
 from shared.experiment import Experiment
+from shared.processes import exit_on_sigterm
 from shared.run_record import SCHEMA, RunRecord, read_result, step_name_of
 
 if TYPE_CHECKING:
@@ -35,6 +39,7 @@ class MlflowRecord:
         self.record = record
         self.experiment: Experiment = record.experiment
         self.directory = record.directory
+        self.run_id = ""  # until it is open, and after its end
         self.is_lost = False
 
     def check(self) -> None:
@@ -44,6 +49,7 @@ class MlflowRecord:
         """Raises ValueError if the server does not answer, before anything is written."""
         self.check()
         self.client, self.run_id = self._connect()
+        _end_by_exception()
 
         self.record.open()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -58,14 +64,19 @@ class MlflowRecord:
         self._log(_flat_numbers(row), row[step_name_of(row)])
 
     def append_silos(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Logs a silo's metrics as silos/NAME/SPLIT/METRIC."""
+        """Logs the silos' metrics as silos/NAME/SPLIT/METRIC, those of a round together."""
         rows = list(rows)
         self.record.append_silos(rows)
+
+        by_round: dict[int, dict[str, float]] = {}
         for row in rows:
             metrics = _flat_numbers({split: row[split] for split in ("train", "validation")})
-            silo = f"silos/{row['silo']}"
-            by_silo = {f"{silo}/{name}": value for name, value in metrics.items()}
-            self._log(by_silo, row["round"])
+            of_round = by_round.setdefault(row["round"], {})
+            for name, value in metrics.items():
+                of_round[f"silos/{row['silo']}/{name}"] = value
+
+        for number, numbers in by_round.items():
+            self._log(numbers, number)
 
     def finish(self, model: keras.Model, schema: Schema, result: Mapping[str, Any]) -> None:
         """Logs the result as final/..., copies the files and ends MLflow's run."""
@@ -77,6 +88,15 @@ class MlflowRecord:
         final = {f"final/{name.removeprefix('metrics/')}": n for name, n in numbers.items()}
         self._log(final, 0)
         self._try(self._close)
+        self.run_id = ""
+
+    def abort(self, error: BaseException) -> None:
+        """Ends MLflow's run as FAILED or, by Ctrl-C or a signal, as KILLED."""
+        self.record.abort(error)
+        if not self.run_id:
+            return
+        self._try(lambda: self.client.set_terminated(self.run_id, _status_after(error)))
+        self.run_id = ""
 
     def _connect(self) -> tuple[Any, str]:
         uri = self.experiment.run.mlflow
@@ -105,7 +125,7 @@ class MlflowRecord:
         path = self.directory / MLFLOW_RUN
         if not (self.experiment.run.resume and path.is_file()):
             return None
-        run_id: str = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+        run_id = _noted_run_id(path)
         client.update_run(run_id, status="RUNNING")
         return run_id
 
@@ -138,6 +158,7 @@ class MlflowRecord:
 
         now_ms = int(1000 * time.time())
         metrics = [Metric(name, value, now_ms, step) for name, value in numbers.items()]
+        # One request per thousand, which is MLflow's limit: its client divides them.
         self.client.log_batch(self.run_id, metrics)
 
     def _close(self) -> None:
@@ -162,6 +183,50 @@ class MlflowRecord:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def end_for_killed_process(experiment: Experiment, error: BaseException) -> None:
+    """Ends MLflow's run of the experiment if it is still RUNNING, for a process that was killed.
+
+    `error` is what ended the run where that process was started. Raises nothing.
+    """
+    path = experiment.run_directory / MLFLOW_RUN
+    if not experiment.run.mlflow or not path.is_file():
+        return
+    try:
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=experiment.run.mlflow)
+        run_id = _noted_run_id(path)
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, _status_after(error))
+    except Exception as failure:  # no client here, or no server
+        print(
+            f"MLflow at {experiment.run.mlflow} may take this run for one that goes on"
+            f" ({_first_line(failure)})",
+            file=sys.stderr,
+        )
+
+
+def _noted_run_id(path: Path) -> str:
+    """The id of MLflow's run, which its record has noted in the run directory."""
+    run_id: str = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+    return run_id
+
+
+def _status_after(error: BaseException) -> str:
+    """MLflow's word for a run that an error ended, or Ctrl-C or a signal."""
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
+def _end_by_exception() -> None:
+    """Has SIGTERM end the process by an exception, as Ctrl-C does, so that MLflow hears of it.
+
+    Whoever has another handler, such as Flower, keeps it.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        exit_on_sigterm()
 
 
 def _first_line(error: Exception) -> str:

@@ -53,6 +53,7 @@ class Record(Protocol):
     def append(self, row: Mapping[str, Any]) -> None: ...
     def append_silos(self, rows: Iterable[Mapping[str, Any]]) -> None: ...
     def finish(self, model: keras.Model, schema: Schema, result: Mapping[str, Any]) -> None: ...
+    def abort(self, error: BaseException) -> None: ...
 
 
 class NullRecord:
@@ -72,6 +73,18 @@ class NullRecord:
     def append_silos(self, rows: Iterable[Mapping[str, Any]]) -> None: ...
 
     def finish(self, model: keras.Model, schema: Schema, result: Mapping[str, Any]) -> None: ...
+
+    def abort(self, error: BaseException) -> None: ...
+
+
+@contextlib.contextmanager
+def aborted_on_error(record: Record) -> Iterator[None]:
+    """Tells the record if the block ends by an error, by Ctrl-C or by SIGTERM."""
+    try:
+        yield
+    except BaseException as error:
+        record.abort(error)
+        raise
 
 
 class RunRecord:
@@ -177,6 +190,9 @@ class RunRecord:
             "versions": {"python": platform.python_version(), **installed_versions(VERSIONED)},
         }
         _write_json(self.directory / RESULT, {**common, **result})
+
+    def abort(self, error: BaseException) -> None:
+        """Does nothing: a directory without result.json is that of a run that has not ended."""
 
     def _write_experiment(self) -> None:
         _write_atomically(self.directory / "experiment.toml", self.experiment.to_toml())

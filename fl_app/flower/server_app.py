@@ -14,6 +14,7 @@ from fl_app.server.rounds import run_federation
 from shared.experiment import experiment_from_flat
 from shared.metrics import describe
 from shared.mlflow_record import make_record
+from shared.run_record import aborted_on_error
 
 app = ServerApp()
 
@@ -30,10 +31,11 @@ def main(grid: Grid, context: Context) -> None:
         record = make_record(experiment, "flower", step_name="round")
         exchange = FlowerExchange(grid, experiment.federation.silo_timeout_s)
         exchange.open()
-        if experiment.federation.strategy:
-            result = run_strategy(experiment, grid, exchange, record)
-        else:
-            result = run_federation(experiment, exchange, record)
+        with aborted_on_error(record):
+            if experiment.federation.strategy:
+                result = run_strategy(experiment, grid, exchange, record)
+            else:
+                result = run_federation(experiment, exchange, record)
     except (ValueError, OSError, FederationError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         logging.getLogger("flwr").addFilter(_WithoutTraceback(error))

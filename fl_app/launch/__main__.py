@@ -16,6 +16,7 @@ from fl_app.launch.federation import NODES, LaunchError, federate
 from fl_app.launch.silo_data import own_data, partition_data
 from fl_app.silo.settings import Cluster
 from shared.command_line import add_experiment_arguments, experiment_from_arguments, program
+from shared.mlflow_record import end_for_killed_process
 from shared.processes import exit_on_sigterm
 from shared.run_record import RunRecord
 from shared.scratch import scratch_folder
@@ -62,7 +63,11 @@ def _launch(options: argparse.Namespace, scratch: Path) -> None:
         num_silos = DEFAULT_SILOS if options.silos is None else options.silos
         silos = partition_data(experiment, num_silos, scratch)
     cluster = Cluster(options.num_workers)
-    federate(experiment, silos, scratch, port=options.port, node=options.node, cluster=cluster)
+    try:
+        federate(experiment, silos, scratch, port=options.port, node=options.node, cluster=cluster)
+    except BaseException as error:
+        end_for_killed_process(experiment, error)  # the ServerApp goes with the SuperLink, at once
+        raise
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

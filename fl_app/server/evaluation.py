@@ -19,7 +19,7 @@ from shared.metrics import merge_means
 from shared.outcome import outcome
 from shared.training import compile_model, evaluate, evaluation_batches
 from shared.weights import Weights, add
-from shared.zoo import build_model
+from shared.zoo import build_model, check_own_model
 
 Metrics = dict[str, dict[str, float]]  # by split and name
 
@@ -64,6 +64,7 @@ def build_server_model(
     experiment: Experiment, schema: Schema, test: Table | Dataset | None
 ) -> ServerModel:
     """The experiment's model for the silos' common schema."""
+    check_own_model(experiment.model, schema)
     model = build_model(experiment.model, schema, experiment.seed)
     compile_model(model, experiment, schema)
     batches = evaluation_batches(encode(test, schema)) if test else None

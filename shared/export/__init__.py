@@ -12,18 +12,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.data import Schema
-from shared.data.schema import schema_from_json
-from shared.experiment import load_experiment
-from shared.export.check import largest_difference
-from shared.export.formats import FORMATS
-from shared.export.serving import describe, serving_model
-from shared.run_record import SCHEMA
+from shared.export.formats import FORMATS, Format, FormatError
 
 if TYPE_CHECKING:
     import keras
 
+    from shared.data import Schema
+
 __all__ = ["FORMATS", "export"]
+
+NEEDED = ("experiment.toml", "schema.json", "model.keras")  # of a run's record
 
 
 def export(run: Path, format_name: str, output: Path | None = None) -> Path:
@@ -37,35 +35,28 @@ def export(run: Path, format_name: str, output: Path | None = None) -> Path:
     cannot hold.
     """
     form = FORMATS[format_name]
-    schema, model = _read_run(run)
     path = output or run / f"export{form.suffix}"
+    _check_run(run)
     _check_free(path)
 
-    # Write, read back and compare. Whatever stops this, Ctrl-C too, no file stays.
-    served = serving_model(model, schema, form)
-    is_good = False
-    try:
-        form.save(served, path)
-        difference = largest_difference(form, path, model, schema)
-        is_good = difference <= form.tolerance
-    except Exception as error:  # converters raise errors of any type
-        raise ValueError(
-            f"The model of {run} cannot be exported as {format_name}: {type(error).__name__}:"
-            f" {error}. Try another --format: {', '.join(FORMATS)}."
-        ) from error
-    finally:
-        if not is_good:
-            _remove(path)
-    if not is_good:
-        raise ValueError(
-            f"An export must predict what the model predicts, to {form.tolerance:g}; received"
-            f" {path} whose predictions differ by {difference:g}. It was removed; choose another"
-            f" --format: {', '.join(FORMATS)}."
-        )
+    from shared.export.serving import describe  # with what is slow to import: after mistakes
 
+    schema, model = _read_run(run)
+    _write(form, model, schema, path, f"The model of {run} cannot be exported as {format_name}")
     notes = json.dumps(describe(schema, form), indent=2) + "\n"
     Path(f"{path}.inputs.json").write_text(notes, encoding="utf-8")
     return path
+
+
+def _check_run(run: Path) -> None:
+    """Raises ValueError unless the directory is that of a finished run."""
+    missing = [name for name in NEEDED if not (run / name).is_file()]
+    if missing:
+        lack = f"lacks {missing[0]}" if run.exists() else "does not exist"
+        raise ValueError(
+            "An export takes the directory of a finished run, with experiment.toml, schema.json and"
+            f" model.keras; received {run}, which {lack}. Name one, for example runs/NAME."
+        )
 
 
 def _check_free(path: Path) -> None:
@@ -82,33 +73,49 @@ def _check_free(path: Path) -> None:
 
 def _read_run(run: Path) -> tuple[Schema, keras.Model]:
     """The schema and the model of a finished run, in float32."""
-    import keras
+    from shared.data.schema import schema_from_json
+    from shared.experiment import load_experiment
+    from shared.zoo import saved_model
 
-    from shared.zoo import build_model
-
-    for name in ("experiment.toml", SCHEMA, "model.keras"):
-        if not (run / name).is_file():
-            raise ValueError(
-                "An export takes the directory of a finished run, with experiment.toml,"
-                f" schema.json and model.keras; received {run}, which lacks {name}. Name one, for"
-                " example runs/NAME."
-            )
     try:
-        schema = schema_from_json(json.loads((run / SCHEMA).read_text(encoding="utf-8")))
-        model = keras.models.load_model(run / "model.keras", compile=False)
-    except (ValueError, TypeError, OSError) as error:
+        schema = schema_from_json(json.loads((run / "schema.json").read_text(encoding="utf-8")))
+        config = load_experiment(run / "experiment.toml").model
+        return schema, saved_model(config, schema, run / "model.keras")
+    except (ValueError, TypeError, OSError, KeyError) as error:
         raise ValueError(
             f"The record in {run} cannot be read: {str(error).splitlines()[0]}"
         ) from None
 
-    # Other engines round bfloat16 in other places.
-    config = load_experiment(run / "experiment.toml").model
-    if config.precision == "float32":
-        return schema, model
-    plain = config.model_copy(update={"precision": "float32", "adapter": "none", "initial": ""})
-    exact = build_model(plain, schema, seed=0)
-    exact.set_weights(model.get_weights())
-    return schema, exact
+
+def _write(form: Format, model: keras.Model, schema: Schema, path: Path, refusal: str) -> None:
+    """Writes the file, reads it back and compares. Whatever stops this, Ctrl-C too, no file stays.
+
+    Raises ValueError, which begins with `refusal`.
+    """
+    from shared.export.check import largest_difference
+    from shared.export.serving import serving_model
+    from shared.zoo.own import describe_error
+
+    remedy = f"Choose another --format: {', '.join(FORMATS)}."
+    is_good = False
+    try:
+        form.save(serving_model(model, schema, form), path)
+        difference = largest_difference(form, path, model, schema)
+        is_good = difference <= form.tolerance
+    except FormatError as error:
+        raise ValueError(f"{refusal}: {error}. {remedy}") from error
+    except Exception as error:  # converters raise errors of any type, some of hundreds of lines
+        raise ValueError(f"{refusal}: {describe_error(error)}. {remedy}") from error
+    finally:
+        if not is_good:
+            _remove(path)
+
+    if not is_good:
+        raise ValueError(
+            f"An export must predict what the model predicts, to {form.tolerance:g}; received"
+            f" {path} whose predictions differ by {difference:g}. It was removed."
+            f" {remedy}"
+        )
 
 
 def _remove(path: Path) -> None:

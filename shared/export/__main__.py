@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared.command_line import program
+from shared.command_line import program, quiet
 from shared.export import FORMATS, export
 
 
@@ -24,10 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    # The converters log much, and nothing that helps.
+    # TensorFlow and the converters log much, and nothing that helps.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.path.insert(0, str(Path.cwd()))  # the user's own models, whichever way Python was started
     try:
-        path = export(options.run, options.format, options.output)
+        with quiet():
+            path = export(options.run, options.format, options.output)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

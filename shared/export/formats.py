@@ -1,23 +1,27 @@
 """The formats of exports: how each is written, and how its own runtime predicts from the file.
 
-TensorFlow and the converters are imported within the functions: they take seconds, or are not
-installed.
+NumPy, TensorFlow and the converters are imported within the functions: a mistake in the command is
+reported at once, and some are not installed.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import keras
+    import numpy as np
 
-Inputs = dict[str, np.ndarray]
+Inputs: TypeAlias = "dict[str, np.ndarray]"
+
+
+class FormatError(ValueError):
+    """A model that a format cannot hold; the message goes on after a colon."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,17 @@ def _save_keras(model: keras.Model, path: Path) -> None:
 
 def _predict_keras(path: Path, inputs: Inputs) -> np.ndarray:
     import keras
+    import numpy as np
     import tensorflow as tf
 
-    model = keras.models.load_model(path, compile=False)
+    try:
+        model = keras.models.load_model(path, compile=False)
+    except (TypeError, ValueError) as error:
+        raise FormatError(
+            "Keras reads back only registered classes and functions, with get_config() where they"
+            " have arguments that are no numbers or texts, and no Lambda; received a model with"
+            " others. Decorate yours with @keras.saving.register_keras_serializable()"
+        ) from error
     tensors = {name: tf.constant(array) for name, array in inputs.items()}
     return np.asarray(model(tensors))
 
@@ -90,6 +102,8 @@ def _save_onnx(model: keras.Model, path: Path) -> None:
 
 def _erfc_in_onnx(context: Any, node: Any, name: str, arguments: Any) -> None:
     """erfc(x) = 1 - erf(x): in the exact GELU, and unknown to tf2onnx."""
+    import numpy as np
+
     erf = context.make_node("Erf", node.input, name=f"{name}_erf")
     one = context.make_const(f"{name}_one", np.array(1.0, np.float32))
     context.remove_node(name)
@@ -107,13 +121,25 @@ def _predict_onnx(path: Path, inputs: Inputs) -> np.ndarray:
 def _save_tflite(model: keras.Model, path: Path) -> None:
     import tensorflow as tf
 
+    from shared.export.recurrent import unrolled
+    from shared.zoo.own import describe_error
+
     with tempfile.TemporaryDirectory() as folder:
-        _save_savedmodel(model, Path(folder))
+        with unrolled(model):
+            _save_savedmodel(model, Path(folder))
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-        path.write_bytes(converter.convert())
+        try:
+            path.write_bytes(converter.convert())
+        except Exception as error:  # with hundreds of lines of the compiler's
+            lacking = sorted(set(re.findall(r"'tf\.(\w+)' op", str(error))))
+            raise FormatError(
+                "the converter has no TFLite operation for TensorFlow's"
+                f" {', '.join(lacking) or describe_error(error)}"
+            ) from error
 
 
 def _predict_tflite(path: Path, inputs: Inputs) -> np.ndarray:
+    import numpy as np
     from ai_edge_litert.interpreter import Interpreter
 
     run = Interpreter(str(path)).get_signature_runner()

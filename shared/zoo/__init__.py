@@ -6,17 +6,26 @@ model that outputs logits (classification) or one number (regression).
 
 import importlib
 import inspect
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from shared.data import Schema
 from shared.experiment import ModelSection, nearest_names, parse_toml
 from shared.seeding import seed_for
 from shared.zoo import autoencoder, cnn, conv1d, linear, mlp, resnet, transformer, wide_deep
 from shared.zoo.adapters import enable_adapters, merge_adapters
+from shared.zoo.own import (
+    check_outlives_training,
+    is_own,
+    load_saved_weights,
+    make_saveable,
+    make_variables,
+)
 
 Builder = Callable[..., keras.Model]
 
@@ -57,14 +66,42 @@ def build_model(config: ModelSection, schema: Schema, seed: int) -> keras.Model:
 
     keras.utils.set_random_seed(seed_for(seed, "initial weights"))
     model = _call(builder, options, config, schema)
-    if not model.built:
-        model.build((None, *schema.input_shape))
+    if is_own(config.name) or not model.built:
+        make_variables(model, schema, config.name)
+        make_saveable(model)
 
     if config.initial:
         load_initial_weights(model, Path(config.initial))
     if config.adapter == "lora":
         keras.utils.set_random_seed(seed_for(seed, "adapters"))
         enable_adapters(model, config.adapter_rank)
+    return model
+
+
+def check_own_model(config: ModelSection, schema: Schema) -> None:
+    """Raises ValueError if the user's own model would not outlive its training.
+
+    It is built twice, saved and restored. Does nothing for the zoo's. Sets Keras's global seed.
+    """
+    if is_own(config.name):
+        plain = config.model_copy(update={"adapter": "none", "initial": ""})
+        first, second = (build_model(plain, schema, seed) for seed in (0, 1))
+        check_outlives_training(first, second, config.name)
+
+
+def saved_model(config: ModelSection, schema: Schema, path: Path) -> keras.Model:
+    """Returns the model that a run has saved, in float32 and without adapters.
+
+    The user's own is built again, as its classes may not be registered with Keras. Raises
+    ValueError, TypeError or OSError if the file cannot be read.
+    """
+    if not is_own(config.name) and config.precision == "float32":
+        return keras.models.load_model(path, compile=False)
+
+    # Other engines round bfloat16 in other places, so float32.
+    plain = config.model_copy(update={"precision": "float32", "adapter": "none", "initial": ""})
+    model = build_model(plain, schema, seed=0)
+    load_saved_weights(model, path)
     return model
 
 
@@ -175,8 +212,8 @@ def load_initial_weights(model: keras.Model, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"model.initial names no file: {path}.")
     try:
-        weights = keras.models.load_model(path, compile=False).get_weights()
-    except (ValueError, OSError, TypeError) as error:
+        weights = _weights_in(path, model)
+    except (ValueError, OSError, TypeError, KeyError) as error:
         raise ValueError(
             f"model.initial = {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
@@ -190,6 +227,22 @@ def load_initial_weights(model: keras.Model, path: Path) -> None:
             " file was trained with."
         )
     model.set_weights(weights)
+
+
+def _weights_in(path: Path, model: keras.Model) -> list[np.ndarray]:
+    """The weights in a .keras file; if Keras does not know its classes, by their places in `model`.
+
+    In the second case the model's weights are set.
+    """
+    weights: list[np.ndarray]
+    try:
+        weights = keras.models.load_model(path, compile=False).get_weights()
+    except (ValueError, TypeError):
+        if not zipfile.is_zipfile(path):
+            raise
+        load_saved_weights(model, path)
+        weights = model.get_weights()
+    return weights
 
 
 def _difference(received: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 
 from fl_app.launch import LaunchError, federate, partition_data
 from fl_app.server.rounds import run_federation
@@ -184,6 +185,24 @@ def test_ctrl_c_shuts_everything_down(starter, tmp_path: Path, phase: str) -> No
     assert "Traceback" not in output
     assert wait_for(lambda: not our_processes(str(tmp_path)), 1)
     assert not (run / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_run_at_mlflow_too(starter, tmp_path: Path) -> None:
+    """The server, which has opened it, is killed with the SuperLink and cannot end it."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    path = toml_file(
+        tmp_path,
+        experiment(tmp_path / "unused", **{"federation.num_rounds": 1000, "run.mlflow": uri}),
+    )
+    process = starter("fl_app.launch", path, "--silos", 2, "--run-dir", tmp_path / "run")
+    lines_until(process, "round 1/")
+    process.send_signal(signal.SIGINT)
+    finished(process, 30)
+
+    noted = json.loads((tmp_path / "run" / "mlflow.json").read_text())
+    run = MlflowClient(tracking_uri=uri).get_run(noted["run_id"])
+    assert run.info.status == "KILLED"
 
 
 @pytest.mark.slow

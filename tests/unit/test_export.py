@@ -15,7 +15,7 @@ from shared.experiment import DataSection, experiment_from_flat
 from shared.export import FORMATS, export
 from shared.export.__main__ import main
 from shared.run_record import RunRecord
-from shared.zoo import MODELS, build_model
+from shared.zoo import MODELS, build_model, saved_model
 from tests.unit.test_zoo import SETS, TINY, eight_examples
 
 
@@ -170,6 +170,67 @@ def test_an_export_that_is_interrupted_leaves_nothing_behind(
     monkeypatch.setitem(FORMATS, "keras", replace(FORMATS["keras"], predict=interrupted))
     with pytest.raises(KeyboardInterrupt):
         export(run, "keras")
+    assert not list(run.glob("export*"))
+
+
+# --- TFLite
+
+
+@pytest.mark.parametrize(
+    ("layer", "schema"),
+    [
+        ("LSTM", Schema((6,), 2, vocabulary_size=9)),
+        *(
+            pytest.param(layer, schema, marks=pytest.mark.slow)
+            for layer in ("LSTM", "GRU", "SimpleRNN")
+            for schema in (Schema((20, 3), 2), Schema((12,), 2, vocabulary_size=9))
+        ),
+    ],
+)
+def test_recurrent_layers_are_exported_and_the_command_stays_quiet(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], layer: str, schema: Schema
+):
+    """In both directions and one after the other; ids with a mask, which Keras's own unrolling
+    takes the wrong way round in the layer that goes backwards. TFLite takes no loop.
+    """
+    run = finished_run(
+        tmp_path / "run",
+        schema,
+        model__name="tests.own_models:build_recurrent",
+        model__options=f"layer = '{layer}'",
+    )
+    capfd.readouterr()
+    assert main([str(run), "--format", "tflite"]) == 0
+    output = capfd.readouterr()
+    assert output.err == ""
+    assert output.out.count("\n") == 1
+
+    # Equal outputs, for another number of examples than it was checked with.
+    rng = np.random.default_rng(1)
+    shape = (3, *schema.input_shape)
+    x = rng.integers(schema.vocabulary_size or 9, size=shape).astype(schema.input_dtype)
+    config = experiment_from_flat(
+        {"model.name": "tests.own_models:build_recurrent", "model.options": f"layer = '{layer}'"}
+    ).model
+    outputs = np.asarray(saved_model(config, schema, run / "model.keras")(x), np.float64)
+    expected = np.exp(outputs) / np.exp(outputs).sum(axis=-1, keepdims=True)
+    received = FORMATS["tflite"].predict(run / "export.tflite", {"x": x})
+    np.testing.assert_allclose(received, expected, atol=1e-6)
+
+
+def test_what_tflite_has_no_operation_for_is_one_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    run = finished_run(
+        tmp_path / "run", Schema((4,), 2), model__name="tests.own_models:build_unconvertible"
+    )
+    capfd.readouterr()
+    assert main([str(run), "--format", "tflite"]) == 2
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"error: The model of {run} cannot be exported as tflite: ")
+    assert "no TFLite operation for TensorFlow's Digamma. Choose another --format" in output.err
+    assert output.err.count("\n") == 1
     assert not list(run.glob("export*"))
 
 
