@@ -46,8 +46,9 @@ wait %1 || true
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    """New ones for each test: the other has killed its silo, or cut the cable."""
     own = tmp_path_factory.mktemp("own")
     try:
         with TwoHosts(tmp_path_factory.mktemp("logs"), own_folder=own) as both:

@@ -246,11 +246,7 @@ def kill(consortium: Consortium, victim: str) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "victims",
-    [VICTIMS, *(pytest.param((victim,) * 3, marks=pytest.mark.slow) for victim in VICTIMS)],
-    ids=["each once", *VICTIMS],
-)
+@pytest.mark.parametrize("victims", [VICTIMS], ids=["each once"])
 def test_rounds_in_which_the_cluster_is_killed_end_as_undisturbed_ones(
     consortium: Consortium, tmp_path: Path, victims: tuple[str, ...]
 ) -> None:
