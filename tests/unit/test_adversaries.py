@@ -94,6 +94,11 @@ def test_a_hostile_silo_ends_no_run_and_silences_no_other(tmp_path: Path):
             assert set(FAIR) <= set(row.get("cohort", FAIR))
 
 
+def is_too_little(outcomes: dict[str, int]) -> bool:
+    """Whether to go on, on a machine so busy that the time is over after a few messages."""
+    return min(outcomes.values()) < 5 and sum(outcomes.values()) < 5000
+
+
 def test_a_hostile_server_gets_an_answer_or_a_sentence(tmp_path: Path):
     experiment = experiment_from_flat({"data.name": "wine", "model.name": "linear"})
     site = Site(SiloSettings("a", "wine", policy=OPEN), experiment, Workbench())
@@ -105,8 +110,8 @@ def test_a_hostile_server_gets_an_answer_or_a_sentence(tmp_path: Path):
         INFORM: {"reason": "it came late"},
     }
     deadline = time.monotonic() + SECONDS
-    outcomes: dict[str, int] = {}
-    while sum(outcomes.values()) < 50 or time.monotonic() < deadline:
+    outcomes = {"answer": 0, "sentence": 0}
+    while is_too_little(outcomes) or time.monotonic() < deadline:
         kind = rng.choice([*HANDLERS])
         task = Task(kind, "a run", 1, 0, bodies.get(kind, {}), weights if kind != INFORM else [])
         data = packed(pack_tasks({"a": task})["a"])
@@ -117,5 +122,5 @@ def test_a_hostile_server_gets_an_answer_or_a_sentence(tmp_path: Path):
             assert all(np.isfinite(array).all() for array in answer.arrays)
         except (MessageError, SiloFailure):
             outcome = "sentence"
-        outcomes[outcome] = outcomes.get(outcome, 0) + 1
-    assert min(outcomes.values()) >= 5
+        outcomes[outcome] += 1
+    assert min(outcomes.values()) >= 5, outcomes
