@@ -124,8 +124,7 @@ class DataPolicy:
                 )
 
     def _check_values(self, schema: Schema, config: DataSection) -> None:
-        are_declared = schema.classes == tuple(parse_names(config.classes))
-        listed = {config.label} if schema.classes and not are_declared else set()
+        listed = {config.label} if schema.classes else set()
         if schema.columns:
             listed |= {column.name for column in schema.columns.categories}
         withheld = sorted(listed - set(self.shared_values))

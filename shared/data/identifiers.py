@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NUM_LOOKED_AT = 1000  # rows that tell fractions from whole numbers at little cost
-MIN_ROWS = 10  # below, numbers that happen to be different say nothing
+MIN_ROWS = 30  # below, numbers that happen to be different say nothing, as at a small silo
 UNNAMED = "Unnamed: "  # pandas' name, and ours, for a column that has none; its place follows
 WORDS = (
     *("id", "ids", "idx", "index", "nr", "no", "key", "pk", "row", "rownum", "rownumber", "rowid"),

@@ -45,6 +45,8 @@ class Roles:
 def assign_roles(config: DataSection, columns: Sequence[str], source: str) -> Roles:
     """Returns the roles that an experiment gives to the columns of a file.
 
+    It may lack those of data.ignore, as the parts do in which a table is dealt to silos.
+
     `source` names the file in messages. Without data.features every column that has no other role
     is a feature. Raises ValueError for a name that is no column, a column with two roles, a
     categorical column that is no feature, and a table without features.
@@ -67,7 +69,6 @@ def assign_roles(config: DataSection, columns: Sequence[str], source: str) -> Ro
         "label": labels,
         "features": features,
         "categorical": categorical,
-        "ignore": ignored,
         "weight, id or group": singles,
     }
     known = set(columns)

@@ -29,7 +29,8 @@ class DataSection(Section):
     weight: str = ""
     """The column of sample weights."""
     ignore: str = ""
-    """Columns that are no features where data.features is empty: row numbers, notes."""
+    """Columns that are no features where data.features is empty: row numbers, notes. A file may
+    lack them."""
     id: str = ""
     """The column that identifies an example: never learnt from, and without duplicates."""
     group: str = ""

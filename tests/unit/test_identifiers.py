@@ -11,6 +11,7 @@ import pytest
 from shared.data import load_examples
 from shared.data.identifiers import row_number_reason
 from shared.data.inspection import inspect_file
+from shared.data.sources import save_examples
 from shared.data.tables import Table
 from shared.experiment import DataSection
 
@@ -68,6 +69,16 @@ def test_an_index_that_pandas_has_written_is_left_out_by_inspect(tmp_path: Path)
     assert table.roles.features == ["x"]
 
 
+def test_parts_of_a_table_lack_what_it_ignores(tmp_path: Path):
+    """As the silos get them that one table is dealt to."""
+    noise(PassengerId=SHUFFLED).to_csv(tmp_path / "t.csv", index=False)
+    config = DataSection(name=str(tmp_path / "t.csv"), ignore="PassengerId")
+    part = save_examples(tmp_path / "part", load_examples(config))
+    again = load_examples(config.model_copy(update={"name": str(part)}))
+    assert isinstance(again, Table)
+    assert again.roles.features == ["x"]
+
+
 @pytest.mark.parametrize(
     ("values", "role"),
     [
@@ -92,7 +103,7 @@ def test_inspect_tells_identifiers_from_free_text(tmp_path: Path, values: object
         np.arange(NUM_ROWS) * 2.0,
         np.where(np.arange(NUM_ROWS) == 5, np.nan, np.arange(NUM_ROWS)),
         np.arange(NUM_ROWS) / 2,
-        np.arange(9.0),
+        np.arange(29.0),
     ],
 )
 def test_other_numbers_are_measurements(values: np.ndarray):
