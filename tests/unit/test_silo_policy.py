@@ -60,6 +60,10 @@ ASKED_TOO_MUCH = {
         {"features": "age, rare", "missing": "fill"},
         "fewer than 5 values of a column",
     ),
+    "classes that the server lists": (
+        {"label": "stage", "classes": "I, II", "features": "age"},
+        "classes or categories of stage",
+    ),
     "a single held-out row": ({"validation_fraction": 0.005}, "fewer than 5 validation examples"),
     "an encoded copy": ({"stream": True}, "--cache DIR"),
 }
